@@ -1,0 +1,96 @@
+"""What a check is given: the observation, its reference, and the limits that the recipe promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.checks.verdict import Status, Verdict
+
+if TYPE_CHECKING:
+    from pytest_diffopt.contract import Limits
+    from pytest_diffopt.observation.observation import ComponentRecord, Observation, Place
+    from pytest_diffopt.recipe import Recipe
+
+SHOWN = 6
+"""Lines of evidence that are shown one by one; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a check may read. A check is a pure function of it.
+
+    Attributes:
+        reference: the same recipe, neither compiled nor offloaded, on the same accelerator; None for a check that needs
+            none.
+    """
+
+    recipe: Recipe
+    observation: Observation
+    limits: Limits
+    reference: Observation | None = None
+
+    def verdict(
+        self, check: str, status: Status, sentence: str, *, evidence: Iterable[str] = (), **figures: Any
+    ) -> Verdict:
+        return Verdict(check, self.recipe.name, status, sentence, figures, tuple(evidence))
+
+    def passed(self, check: str, sentence: str, *, evidence: Iterable[str] = (), **figures: Any) -> Verdict:
+        return self.verdict(check, "passed", sentence, evidence=evidence, **figures)
+
+    def failed(self, check: str, sentence: str, *, evidence: Iterable[str] = (), **figures: Any) -> Verdict:
+        return self.verdict(check, "failed", sentence, evidence=evidence, **figures)
+
+    def unverified(self, check: str, sentence: str, *, evidence: Iterable[str] = (), **figures: Any) -> Verdict:
+        return self.verdict(check, "unverified", sentence, evidence=evidence, **figures)
+
+    def did_not_run(self, check: str) -> Verdict | None:
+        """A failed verdict with the cause, where an exception ended the recipe's run; else None."""
+        failure = self.observation.failure
+        if failure is None:
+            return None
+        from pytest_diffopt.checks import checks_for
+
+        first = check == checks_for(self.recipe)[0]  # the whole message once, not with every check
+        return self.failed(
+            check,
+            f"the recipe did not run: {failure} (while {_spoken(failure.phase)})",
+            evidence=message_lines(failure.message) if first else (),
+            error=failure.error,
+            phase=failure.phase,
+        )
+
+    def component(self, name: str) -> ComponentRecord | None:
+        """What was written down of a component."""
+        return next((record for record in self.observation.components if record.name == name), None)
+
+    @property
+    def compiled_components(self) -> tuple[str, ...]:
+        return tuple(entry.component for entry in self.recipe.compilation)
+
+
+def _spoken(phase: str) -> str:
+    return phase if phase == "preparing" else f"running {phase}"
+
+
+def message_lines(message: str, most: int = 5) -> list[str]:
+    """The rest of an exception's message, without its first line."""
+    return [line.rstrip() for line in message.strip().splitlines()[1:] if line.strip()][:most]
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 graph``, ``2 graphs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """At most :data:`SHOWN` lines, and a last one that counts the rest."""
+    rest = len(lines) - SHOWN
+    return lines if rest <= 0 else [*lines[:SHOWN], f"… and {rest} more"]
+
+
+def region_name(component: str, region: str, place: Place) -> str:
+    """``transformer/FluxTransformerBlock.forward``: where in the pipeline, and which function."""
+    function = place.function or region
+    return f"{component}/{function}" if component else function

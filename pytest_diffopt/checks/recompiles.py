@@ -1,0 +1,161 @@
+"""recompiles: within budget, none after warm-up, the limit never exhausted; each with the guard that failed.
+
+Not fooled by: the first compile counted as a recompile; recompiles at each step, prompt or size that a single call cannot
+show; caches that an earlier test left; the limit exhausted, after which code runs eager and nothing is reported any more.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
+
+if TYPE_CHECKING:
+    from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.observation.observation import FrameAttempt
+
+NAME = "recompiles"
+
+_ATTRIBUTE = re.compile(r"^(?:not )?(?:hasattr\()?self[.\[]")
+
+
+def judge(given: Evidence) -> Verdict:
+    """See the module."""
+    compiles, limits = given.observation.compiles, given.limits
+    recompiles = [f for f in compiles.recompiles if f.outcome != "limit" and _counts(given, f)]
+    exhausted = list(compiles.limits)
+    late = [f for f in recompiles if f.call >= limits.warmup_calls]
+    figures: dict[str, Any] = {
+        "recompiles": len(recompiles),
+        "after_warmup": len(late),
+        "limit_exhausted": len(exhausted),
+        "max_recompiles": limits.max_recompiles,
+        "max_recompiles_after_warmup": limits.max_recompiles_after_warmup,
+    }
+    if exhausted:
+        first = exhausted[0]
+        return given.failed(
+            NAME,
+            f"the {first.limit} is exhausted: {region_name(first.component, first.region, first.place)} "
+            f"runs eager from call {first.call} on, after {counted(len(recompiles), 'recompile')}",
+            evidence=[*shortened(grouped([*recompiles, *exhausted])), *advice([*recompiles, *exhausted])],
+            **figures,
+        )
+    if len(late) > limits.max_recompiles_after_warmup:
+        return given.failed(
+            NAME,
+            f"{len(late)} after warm-up, {limits.max_recompiles_after_warmup} allowed",
+            evidence=[*shortened(grouped(late)), *advice(late)],
+            **figures,
+        )
+    if limits.max_recompiles is not None and len(recompiles) > limits.max_recompiles:
+        return given.failed(
+            NAME,
+            f"{len(recompiles)} in all, {limits.max_recompiles} allowed",
+            evidence=[*shortened(grouped(recompiles)), *advice(recompiles)],
+            **figures,
+        )
+    if over := _over_budget(given, recompiles):
+        return given.failed(
+            NAME,
+            f"{len(over)} of the same code during warm-up, {limits.recompiles_per_code} allowed "
+            f"where a shape becomes dynamic",
+            evidence=[*shortened(grouped(over)), *advice(over)],
+            **figures,
+        )
+    if verdict := given.did_not_run(NAME):
+        return verdict
+    if not compiles.graphs:
+        return given.unverified(NAME, "no graph was compiled, so nothing can be said of recompiles", **figures)
+    calls = len([c for c in given.observation.calls if c.index >= limits.warmup_calls])
+    if calls == 0:
+        return given.unverified(
+            NAME, f"no call came after the warm-up: call.calls must be more than {limits.warmup_calls}", **figures
+        )
+    warm = f"{counted(len(recompiles) - len(late), 'recompile')} during warm-up" if recompiles else "none at all"
+    return given.passed(
+        NAME,
+        f"none after warm-up in {counted(calls, 'call')} ({warm})" if not late else f"{len(recompiles)}, within budget",
+        evidence=shortened(grouped(recompiles)),
+        **figures,
+    )
+
+
+def _counts(given: Evidence, frame: FrameAttempt) -> bool:
+    """Whether it compiles again what was compiled before.
+
+    Two components of one class share their code: the first compile of the second is none. Blocks of one class share it
+    too, and there every compile beyond the first is what a regional compile wants to avoid.
+    """
+    scopes = {entry.component: entry.scope for entry in given.recipe.compilation}
+    if scopes.get(frame.component, "module") != "module" or frame.resumed:
+        return True
+    before = [f for f in given.observation.compiles.frames if f.place == frame.place and f is not frame]
+    earlier = given.observation.compiles.frames.index(frame)
+    return any(
+        (f.component, f.region) == (frame.component, frame.region)
+        and given.observation.compiles.frames.index(f) < earlier
+        for f in before
+    )
+
+
+def _over_budget(given: Evidence, recompiles: list[FrameAttempt]) -> list[FrameAttempt]:
+    """Recompiles during warm-up beyond what one code object may need."""
+    budget = given.limits.recompiles_per_code
+    if budget is None:
+        return []
+    regional = {entry.component for entry in given.recipe.compilation if entry.scope == "repeated_blocks"}
+    by_code: dict[tuple[str, int, str], list[FrameAttempt]] = {}
+    for frame in recompiles:
+        by_code.setdefault((frame.place.file, frame.place.line, frame.place.function), []).append(frame)
+    over: list[FrameAttempt] = []
+    for group in by_code.values():
+        # Dynamo makes a size or a number dynamic after it changed once, but never what a module holds
+        fixed = [f for f in group if f.component not in regional and f.guards and _ATTRIBUTE.match(f.guards[0])]
+        if len(group) > budget or fixed:
+            over += group if len(group) > budget else fixed
+    return over
+
+
+def grouped(frames: list[FrameAttempt]) -> list[str]:
+    """Recompiles of the same code by the same guard together, as lines."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for frame in frames:
+        guard = frame.guards[0] if frame.guards else "no guard known"
+        name = region_name(frame.component, frame.region, frame.place)
+        where = f"{frame.place.file}:{frame.place.line}"
+        counts[name, where, _generalised(guard)] = counts.get((name, where, _generalised(guard)), 0) + 1
+    return [f"{name}  {where}  {count}×  guard {guard}" for (name, where, guard), count in counts.items()]
+
+
+def _generalised(guard: str) -> str:
+    """The guard with the value that it compared with left open, so that equal causes stand together."""
+    return re.sub(r"== (-?[\d.]+(?:e-?\d+)?|'[^']*'|\"[^\"]*\")$", "== …", guard)
+
+
+def advice(frames: list[FrameAttempt]) -> list[str]:
+    """What to try, by the kind of guard that failed."""
+    tips: dict[str, None] = {}
+    for frame in frames:
+        guard = frame.guards[0] if frame.guards else ""
+        if _ATTRIBUTE.match(guard):
+            if re.search(r"== -?[\d.]+", guard):
+                tips[
+                    "the guard reads a Python number that the module holds and changes: "
+                    "pass it as a tensor, or keep it out of forward"
+                ] = None
+            else:
+                tips[
+                    "the guard reads an attribute that differs between modules of one class: "
+                    "compile them apart, or make it the same"
+                ] = None
+        elif "size mismatch" in guard or "size()" in guard or ".shape" in guard:
+            tips["the guard reads a size: compile with dynamic = true, or mark the dimension dynamic"] = None
+        elif "stride mismatch" in guard:
+            tips["the guard reads a stride: make the input contiguous before the compiled code"] = None
+        elif re.search(r"== -?[\d.]+", guard):
+            tips[
+                "the guard reads a Python number that changes: pass it as a tensor, or compile with dynamic = true"
+            ] = None
+    return list(tips)

@@ -1,0 +1,107 @@
+"""A session observes each recipe once, whatever the number of checks that read it, and shares references by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pytest_diffopt.checks import engagement, graph_breaks, parity, quantization, recompiles, state
+from pytest_diffopt.checks.evidence import Evidence
+from pytest_diffopt.contract import derive
+
+if TYPE_CHECKING:
+    from pytest_diffopt.accelerators import Accelerator
+    from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.observation.observation import Observation
+    from pytest_diffopt.recipe import Recipe
+
+
+def _memory(given: Evidence) -> Verdict:
+    return given.unverified(
+        "memory",
+        f"this release does not judge memory; the device in use is {given.observation.accelerator}",
+    )
+
+
+CHECKS: dict[str, Callable[[Evidence], Verdict]] = {
+    engagement.NAME: engagement.judge,
+    graph_breaks.NAME: graph_breaks.judge,
+    recompiles.NAME: recompiles.judge,
+    quantization.NAME: quantization.judge,
+    "memory": _memory,
+    parity.NAME: parity.judge,
+    state.NAME: state.judge,
+}
+
+
+class Session:
+    """Observes recipes and judges them.
+
+    Args:
+        accelerator: where recipes run; by default found when the first one does.
+        allow_hub: let hub ids that resolve to nothing local go to the hub.
+        compile_backend: used instead of the backends that the recipes name.
+        progress: called with a few words whenever a frame begins to compile.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        *,
+        allow_hub: bool = False,
+        compile_backend: str | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self._accelerator = accelerator
+        self._allow_hub = allow_hub
+        self._compile_backend = compile_backend
+        self._progress = progress
+        self._observations: dict[str, Observation] = {}
+
+    @property
+    def accelerator(self) -> Accelerator:
+        if self._accelerator is None:
+            from pytest_diffopt.accelerators import select
+
+            self._accelerator = select()
+        return self._accelerator
+
+    def observe(self, recipe: Recipe) -> Observation:
+        """What happened when the recipe ran; run at the first call, for all recipes of the same content."""
+        found = self._observations.get(recipe.content_hash)
+        if found is None:
+            from pytest_diffopt.observation.observing import observe
+
+            found = observe(
+                recipe,
+                accelerator=self.accelerator,
+                allow_hub=self._allow_hub,
+                compile_backend=self._compile_backend,
+                progress=self._progress,
+            )
+            self._observations[recipe.content_hash] = found
+        return found
+
+    def evidence(self, recipe: Recipe) -> Evidence:
+        """Everything that the checks of a recipe read: its observation, its reference, its limits."""
+        observation = self.observe(recipe)
+        reference = observation
+        if recipe.compilation or recipe.offloading is not None:
+            reference = self.observe(recipe.without("compilation", "offloading", "dynamo"))
+        limits = derive(recipe.contract, compilations=recipe.compilation, offloading=recipe.offloading)
+        return Evidence(recipe, observation, limits, reference)
+
+    def judge(self, recipe: Recipe, check: str) -> Verdict:
+        """The verdict of one check."""
+        return CHECKS[check](self.evidence(recipe))
+
+    def judge_all(self, recipe: Recipe) -> list[Verdict]:
+        """The verdicts of every check that applies to the recipe."""
+        from pytest_diffopt.checks import checks_for
+
+        evidence = self.evidence(recipe)
+        return [CHECKS[name](evidence) for name in checks_for(recipe)]
+
+    def release(self) -> None:
+        """Forget every observation."""
+        self._observations.clear()

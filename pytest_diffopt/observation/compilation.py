@@ -1,0 +1,381 @@
+"""The compile watch: writes down every frame that Dynamo touches, every graph, and every run of compiled code.
+
+It answers what counters cannot: whether compiled code *ran* for the code that was meant, call by call, and where it did
+not, why. It reads only the events of :mod:`pytest_diffopt.observation.private_torch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from pytest_diffopt.observation import private_torch
+from pytest_diffopt.observation.observation import (
+    CompileRecord,
+    FrameAttempt,
+    GraphBreak,
+    Outcome,
+    Place,
+    RegionRuns,
+)
+
+_RESUME = re.compile(r"^torch_dynamo_resume_in_(?P<function>.+)_at_\d+$")
+
+
+@functools.lru_cache(maxsize=4096)
+def short_path(filename: str) -> str:
+    """A path as it reads on every machine: relative to the import path or folder that holds it, e.g. ``diffusers/…``."""
+    if filename.startswith("<"):
+        return filename
+    path = Path(filename)
+    roots = [Path(entry) for entry in sys.path if entry] + [Path.cwd()]
+    within = [root for root in roots if path.is_relative_to(root)]
+    if not within:
+        return filename
+    return path.relative_to(max(within, key=lambda root: len(root.parts))).as_posix()
+
+
+def place_of(code: CodeType) -> Place:
+    """Where a code object stands; a function that Dynamo resumes after a break counts as the function it broke."""
+    name = code.co_name
+    while match := _RESUME.match(name):
+        name = match["function"]
+    qualified = getattr(code, "co_qualname", name)
+    return Place(short_path(code.co_filename), code.co_firstlineno, name if _RESUME.match(code.co_name) else qualified)
+
+
+def meant_code(function: Any) -> CodeType | None:
+    """The code object that a compiled callable is meant to run: a module's own ``forward``, under any decorator."""
+    import torch
+
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        function = type(owner).forward
+    seen = set()
+    while hasattr(function, "__wrapped__") and id(function) not in seen:
+        seen.add(id(function))
+        function = function.__wrapped__
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _key(code: CodeType) -> tuple[str, str]:
+    match = _RESUME.match(code.co_name)
+    return code.co_filename, match["function"] if match else code.co_name
+
+
+@dataclass
+class _Entry:
+    """One call of a compiled callable, while it is open."""
+
+    component: str
+    region: str
+    place: Place
+    meant: tuple[str, str] | None
+    active: bool
+    runs: int = 0
+    operations: int = 0
+    engaged: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Frame:
+    """One frame while Dynamo compiles it."""
+
+    code: CodeType
+    component: str
+    region: str
+    fullgraph: bool
+    self_name: str = ""
+    graphs: int = 0
+    operations: int = 0
+    recompile: bool = False
+    guards: tuple[str, ...] = ()
+    limit: str = ""
+    breaks: int = 0
+
+
+@dataclass
+class _Runs:
+    """Counts of one region in one call; frozen into a :class:`RegionRuns`."""
+
+    place: Place
+    entries: int = 0
+    engaged: int = 0
+    graph_runs: int = 0
+    operations: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+_PARTS = re.compile(r"^\s+(Explanation|Hint|Developer debug context):\s*(.*)$")
+
+
+def explain_break(text: str) -> tuple[str, str, str]:
+    """(reason, explanation, hint) out of Dynamo's text of a graph break; each a single line."""
+    reason, explanation, hint = "", "", ""
+    current = ""
+    for line in text.strip().splitlines():
+        if line.startswith("***"):
+            break
+        if match := _PARTS.match(line):
+            current = match[1]
+            if current == "Explanation" and not explanation:
+                explanation = match[2]
+            elif current == "Hint" and not hint:
+                hint = match[2]
+            continue
+        if not line.strip():
+            continue
+        if current == "Explanation" and not hint and explanation:
+            explanation += " " + line.strip()
+        elif not current and (not reason or reason.endswith((":", "."))):
+            reason = line.strip()
+    return reason.rstrip(":"), explanation, hint
+
+
+class CompileWatch:
+    """Writes down what torch.compile does while it is open.
+
+    Example::
+
+        with CompileWatch() as watch:
+            torch.compile(model)(x)
+        watch.record.graphs, watch.record.graph_breaks, watch.record.recompiles
+
+    Args:
+        modules: modules that have a name: ``{id(module): (component, path)}``; others are named by their class.
+    """
+
+    def __init__(self, modules: Mapping[int, tuple[str, str]] | None = None) -> None:
+        self.call = 0
+        self._modules = dict(modules or {})
+        self._frames: list[_Frame] = []
+        self._entries: list[_Entry] = []
+        self._attempts: list[FrameAttempt] = []
+        self._breaks: list[GraphBreak] = []
+        self._runs: dict[tuple[int, str, str], _Runs] = {}
+        self._outside_runs = 0
+        self._open = False
+        self._stack = contextlib.ExitStack()
+        self.on_compile: Callable[[str], None] | None = None
+
+    def __enter__(self) -> CompileWatch:
+        self._stack.enter_context(private_torch.listening(self))
+        self._open = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open = False
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def naming(self, modules: Mapping[int, tuple[str, str]]) -> Iterator[None]:
+        """Use other names for modules while the context is open."""
+        before, self._modules = self._modules, dict(modules)
+        try:
+            yield
+        finally:
+            self._modules = before
+
+    @property
+    def record(self) -> CompileRecord:
+        """Everything written down so far, as plain data."""
+        return CompileRecord(
+            frames=tuple(self._attempts),
+            graph_breaks=tuple(self._breaks),
+            regions=tuple(
+                RegionRuns(
+                    call=call,
+                    component=component,
+                    region=region,
+                    place=runs.place,
+                    entries=runs.entries,
+                    engaged=runs.engaged,
+                    graph_runs=runs.graph_runs,
+                    operations=runs.operations,
+                    reasons=tuple(runs.reasons),
+                )
+                for (call, component, region), runs in self._runs.items()
+            ),
+            graph_runs_outside=self._outside_runs,
+        )
+
+    # What the adapter tells; see DynamoListener.
+
+    def region_entered(self, function: Any, active: bool) -> None:
+        component, region = self._name(getattr(function, "__self__", None))
+        code = meant_code(function)
+        place = place_of(code) if code else Place("", 0, getattr(function, "__qualname__", repr(function)))
+        if not component and not region:
+            region = place.function
+        entry = _Entry(component, region, place, _key(code) if code else None, active)
+        if not active:
+            entry.notes.append("a compiler stance makes Dynamo stand aside")
+        self._entries.append(entry)
+
+    def region_left(self) -> None:
+        if not self._entries:
+            return
+        entry = self._entries.pop()
+        runs = self._runs.setdefault((self.call, entry.component, entry.region), _Runs(entry.place))
+        runs.entries += 1
+        runs.engaged += entry.engaged
+        runs.graph_runs += entry.runs
+        runs.operations += entry.operations
+        if not entry.engaged:
+            for note in entry.notes:
+                runs.reasons[note] = runs.reasons.get(note, 0) + 1
+
+    def frame_started(self, code: CodeType, frame_locals: dict[str, Any], fullgraph: bool) -> None:
+        component, region = self._name(frame_locals.get("self"))
+        if not component and self._entries:
+            component, region = self._entries[-1].component, region or self._entries[-1].region
+        first = code.co_varnames[0] if code.co_varnames else ""
+        self_name = first if first and self._name(frame_locals.get(first)) != ("", "") else ""
+        self._frames.append(_Frame(code, component, region, fullgraph, self_name))
+        if self.on_compile is not None:
+            self.on_compile(f"{component or region or 'compiling'} {code.co_name}")
+
+    def recompile_reasons(self, reasons: Sequence[str]) -> None:
+        if self._frames:
+            self._frames[-1].recompile = True
+            name = self._frames[-1].self_name
+            self._frames[-1].guards = tuple(dict.fromkeys(_clean_guard(reason, name) for reason in reasons))
+
+    def limit_exhausted(self, limit: str) -> None:
+        if self._frames:
+            self._frames[-1].limit = limit
+            self._note(f"the {limit} is exhausted")
+
+    def graph_broke(self, error: BaseException, reason: str) -> None:
+        if self._frames:
+            self._frames[-1].breaks += 1
+            self._add_break(self._frames[-1], error, reason, skipped_frame=False)
+
+    def graph_compiled(self, operations: int, code: CodeType | None, traced: Sequence[CodeType]) -> Callable[[], None]:
+        frame = self._frames[-1] if self._frames else None
+        if frame is not None:
+            frame.graphs += 1
+            frame.operations += operations
+        keys = {_key(c) for c in traced}
+        if frame is not None:
+            keys.add(_key(frame.code))
+        if code is not None:
+            keys.add(_key(code))
+
+        def ran() -> None:
+            if not self._open:
+                return
+            if not self._entries:
+                self._outside_runs += 1
+            for entry in self._entries:
+                entry.runs += 1
+                entry.operations += operations
+                if operations and (entry.meant is None or entry.meant in keys):
+                    entry.engaged = True
+
+        return ran
+
+    def frame_ended(self, compiled: bool, skip_reason: str, error: BaseException | None) -> None:
+        if not self._frames:
+            return
+        frame = self._frames.pop()
+        reason = skip_reason
+        outcome: Outcome
+        if frame.limit:
+            outcome = "limit"
+            reason = f"{frame.limit} exhausted"
+        elif error is not None and private_torch.is_graph_break(error):
+            outcome = "skipped"
+            if not frame.breaks or not getattr(error, "logged", False):
+                self._add_break(frame, error, str(error), skipped_frame=True)
+            else:
+                last = self._breaks[-1]
+                self._breaks[-1] = GraphBreak(**{**vars(last), "skipped_frame": True})
+            reason = explain_break(str(error))[0]
+            self._note(f"{place_of(frame.code)} was skipped whole: {reason}")
+        elif error is not None:
+            outcome = "failed"
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            self._note(reason)
+        elif compiled:
+            outcome = "compiled" if frame.operations else "empty"
+        else:
+            outcome = "skipped"
+            self._note(f"{place_of(frame.code)} was skipped: {skip_reason.splitlines()[0] if skip_reason else ''}")
+        self._attempts.append(
+            FrameAttempt(
+                call=self.call,
+                component=frame.component,
+                region=frame.region,
+                place=place_of(frame.code),
+                resumed=bool(_RESUME.match(frame.code.co_name)),
+                outcome=outcome,
+                graphs=frame.graphs,
+                operations=frame.operations,
+                recompile=frame.recompile,
+                guards=frame.guards,
+                limit=frame.limit,
+                reason=reason.splitlines()[0] if reason else "",
+            )
+        )
+
+    def frame_passed_over(self, reason: str, code: CodeType) -> None:
+        if self._entries and _key(code) == self._entries[-1].meant and not self._entries[-1].notes:
+            self._note(f"{place_of(code)} was not traced: {reason}")
+
+    # How it keeps them.
+
+    def _name(self, owner: Any) -> tuple[str, str]:
+        """(component, path) of a module; its class where it has no name; empty for anything else."""
+        if owner is None:
+            return "", ""
+        if (named := self._modules.get(id(owner))) is not None:
+            return named
+        import torch
+
+        return ("", type(owner).__name__) if isinstance(owner, torch.nn.Module) else ("", "")
+
+    def _note(self, text: str) -> None:
+        if self._entries:
+            self._entries[-1].notes.append(text)
+
+    def _add_break(self, frame: _Frame, error: BaseException, text: str, *, skipped_frame: bool) -> None:
+        stack = private_torch.user_stack(error)
+        own = place_of(frame.code)
+        file, line, function = stack[-1] if stack else (frame.code.co_filename, own.line, own.function)
+        reason, explanation, hint = explain_break(str(getattr(error, "msg", None) or error) or text)
+        self._breaks.append(
+            GraphBreak(
+                call=self.call,
+                component=frame.component,
+                region=frame.region,
+                place=Place(short_path(file), line, function),
+                frame=own,
+                reason=reason,
+                explanation=explanation,
+                hint=hint,
+                skipped_frame=skipped_frame,
+                stack=tuple(Place(short_path(f), at, name) for f, at, name in stack),
+            )
+        )
+
+
+_GUARD_PREFIX = re.compile(r"^\d+/\d+:\s*")
+
+
+def _clean_guard(reason: str, self_name: str) -> str:
+    """A failed guard as one line, without Dynamo's compile id and source comment; the module itself is called self."""
+    line = _GUARD_PREFIX.sub("", reason.strip().splitlines()[0] if reason.strip() else "")
+    line = line.split("  # ")[0].strip().replace("L['self']", "self")
+    line = re.sub(r"\b\d{9,}\b", "…", line)  # addresses differ from run to run
+    return re.sub(rf"\b{re.escape(self_name)}(?=[.\[])", "self", line) if self_name else line

@@ -1,0 +1,327 @@
+"""Observation: everything written down while a recipe ran, as plain data that goes to JSON and back.
+
+Bytes are bytes, seconds are seconds, calls are numbered from 0. Paths are relative to the import path that holds them,
+so that an observation reads the same on every machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pydantic import TypeAdapter
+
+SCHEMA_VERSION = 1
+
+Outcome = Literal["compiled", "empty", "skipped", "limit", "failed"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in source code."""
+
+    file: str
+    line: int
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.function} {self.file}:{self.line}" if self.function else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class FrameAttempt:
+    """One attempt of Dynamo to compile a frame.
+
+    Attributes:
+        call: in which call of the pipeline, from 0.
+        component, region: the component, and the module's path in it; both empty for code outside of any.
+        outcome: ``compiled`` to at least one operation; ``empty``, compiled to no operation; ``skipped``, the whole
+            frame runs eager; ``limit``, not compiled as a recompile limit is exhausted; ``failed``, an exception.
+        graphs, operations: what was handed to the backend.
+        guards: where it is a recompile, the guards of earlier compilations that failed, one of each.
+    """
+
+    call: int
+    component: str
+    region: str
+    place: Place
+    resumed: bool
+    outcome: Outcome
+    graphs: int = 0
+    operations: int = 0
+    recompile: bool = False
+    guards: tuple[str, ...] = ()
+    limit: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """One graph break: the user's code that broke, the frame it broke, why, and what Dynamo advises.
+
+    ``skipped_frame`` is True where Dynamo gave the whole frame up: no counter of torch counts these.
+    """
+
+    call: int
+    component: str
+    region: str
+    place: Place
+    frame: Place
+    reason: str
+    explanation: str = ""
+    hint: str = ""
+    skipped_frame: bool = False
+    stack: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class RegionRuns:
+    """How often a compiled region was called in one call of the pipeline, and how often compiled code ran in it.
+
+    Attributes:
+        entries: calls of the compiled callable.
+        engaged: entries in which a graph with operations, made from the code that was meant, ran.
+        reasons: for entries that were not engaged, why, as far as Dynamo said so.
+    """
+
+    call: int
+    component: str
+    region: str
+    place: Place
+    entries: int
+    engaged: int
+    graph_runs: int
+    operations: int
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompileRecord:
+    """What the compile watch wrote down."""
+
+    frames: tuple[FrameAttempt, ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
+    regions: tuple[RegionRuns, ...] = ()
+    graph_runs_outside: int = 0
+
+    @property
+    def graphs(self) -> int:
+        """Graphs with operations that were compiled."""
+        return sum(frame.graphs for frame in self.frames if frame.outcome == "compiled")
+
+    @property
+    def recompiles(self) -> tuple[FrameAttempt, ...]:
+        """Attempts on code that had been compiled before."""
+        return tuple(frame for frame in self.frames if frame.recompile)
+
+    @property
+    def limits(self) -> tuple[FrameAttempt, ...]:
+        """Attempts refused because a recompile limit was exhausted: that code runs eager from then on."""
+        return tuple(frame for frame in self.frames if frame.outcome == "limit")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear-like layer of a component.
+
+    Attributes:
+        path: inside the component.
+        kind: the class, e.g. ``bitsandbytes.nn.modules.Linear4bit``.
+        format: ``""`` where plain, else what its weight really holds: ``"nf4"``, ``"fp4"``, ``"int8"``;
+            ``"unquantized"`` for a quantized class whose weight never was.
+        dtype: of the stored weight.
+        compute_dtype: of the multiplication, where the layer says.
+        weight_bytes: of the stored weight; ``state_bytes``: of its inner tensors (``absmax``, ``SCB``, …).
+        parameters: the number of weights that the layer stands for (in_features × out_features).
+    """
+
+    component: str
+    path: str
+    kind: str
+    format: str
+    dtype: str
+    compute_dtype: str
+    in_features: int
+    out_features: int
+    weight_bytes: int
+    state_bytes: int
+    double_quantized: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class OtherParameters:
+    """Parameters of a component that belong to no quantized layer, summed by dtype."""
+
+    component: str
+    dtype: str
+    count: int
+    bytes: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that came out: of a component (by name), of the pipeline (``component == ""``), or its inputs after.
+
+    Attributes:
+        call: in which call. step: which run of the component in that call, from 0.
+        leaf: which tensor of the result, e.g. ``"0"`` or ``"images"``.
+        finite: no NaN, no infinity. overwritten: a later call changed this very tensor.
+        stride: 1 where every element is kept, else every stride-th of the flattened tensor.
+        values: the elements as zlib-compressed little-endian float64 or float32, base64.
+    """
+
+    call: int
+    component: str
+    step: int
+    leaf: str
+    dtype: str
+    shape: tuple[int, ...]
+    finite: bool
+    values: str
+    width: Literal[4, 8] = 4
+    stride: int = 1
+    overwritten: bool = False
+
+    @property
+    def key(self) -> tuple[int, str, int, str]:
+        return self.call, self.component, self.step, self.leaf
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The kept elements, flat, in float64."""
+        import numpy as np
+
+        raw = zlib.decompress(base64.b64decode(self.values))
+        return np.frombuffer(raw, dtype="<f8" if self.width == 8 else "<f4").astype(np.float64)
+
+
+def encode_values(array: np.ndarray[Any, Any]) -> str:
+    """The inverse of :meth:`Output.array`, for an array of little-endian float32 or float64."""
+    return base64.b64encode(zlib.compress(array.tobytes(), 1)).decode("ascii")
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One call of the pipeline: its kind, what was asked, and how long it took (seconds, wall clock)."""
+
+    index: int
+    kind: Literal["call", "sensitivity"]
+    seconds: float
+    prompt: str = ""
+    size: tuple[int, ...] = ()
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Executions:
+    """How often a module ran in one call, counted in an eager run: a component itself (``region == ""``) or a block."""
+
+    call: int
+    component: str
+    region: str
+    count: int
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """A global that is not as it was: its name, before and after, and what left it so."""
+
+    name: str
+    before: str
+    after: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that ended the run of a recipe: where, which, and its own words."""
+
+    phase: str
+    error: str
+    message: str
+    traceback: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        first = self.message.strip().splitlines()[0] if self.message.strip() else ""
+        return f"{self.error}: {first}" if first else self.error
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """A component: its class, its parameters' bytes, and the blocks that repeat in it (path → class)."""
+
+    name: str
+    kind: str
+    bytes: int
+    blocks: dict[str, str] = field(default_factory=dict)
+    compiled: tuple[str, ...] = ()
+    siblings_not_compiled: tuple[str, ...] = ()
+    kept_plain: tuple[str, ...] = ()
+    kept_float32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything written down while a recipe ran; see the fields' own types.
+
+    Attributes:
+        recipe: the recipe as plain data. content_hash: of what was observed, see :attr:`Recipe.content_hash`.
+        accelerator: the device's kind (``"cuda"``, ``"cpu"``, …). device: its name.
+        versions: of python, torch and the libraries.
+        precise_outputs: of the same calls, eager, in a higher precision, where asked for and possible.
+        inputs_after: a model's inputs as each call left them.
+        failure: what ended the run, or None.
+    """
+
+    recipe: dict[str, Any]
+    content_hash: str
+    accelerator: str
+    device: str
+    versions: dict[str, str]
+    components: tuple[ComponentRecord, ...] = ()
+    calls: tuple[CallRecord, ...] = ()
+    compiles: CompileRecord = CompileRecord()
+    layers: tuple[Layer, ...] = ()
+    other_parameters: tuple[OtherParameters, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    precise_outputs: tuple[Output, ...] = ()
+    precise_dtype: str = ""
+    executions: tuple[Executions, ...] = ()
+    state_changes: tuple[StateChange, ...] = ()
+    failure: Failure | None = None
+    notes: tuple[str, ...] = ()
+    peak_bytes: int | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", ""))
+
+    def to_json(self) -> str:
+        """The whole observation as JSON text."""
+        return _adapter().dump_json(self).decode("utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> Observation:
+        """The inverse of :meth:`to_json`. Raises ValueError where the text is of another schema version, or damaged."""
+        found = json.loads(text).get("schema_version")
+        if found != SCHEMA_VERSION:
+            raise ValueError(f"observation: found schema version {found!r}; this release reads {SCHEMA_VERSION}")
+        return _adapter().validate_json(text)
+
+
+@functools.lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[Observation]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Observation)

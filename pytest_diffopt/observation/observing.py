@@ -1,0 +1,548 @@
+"""Observes a recipe: prepares it, runs its calls under every watch, and returns what was written down.
+
+The run is the user's own: nothing is traced that would not be, no module that is compiled whole gets a hook, and every
+global is given back. What the watches need is taken from outside the compiled code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.observation import private_torch
+from pytest_diffopt.observation.compilation import CompileWatch, meant_code
+from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest, tensor_bytes
+from pytest_diffopt.observation.observation import (
+    CallRecord,
+    CompileRecord,
+    ComponentRecord,
+    Executions,
+    Failure,
+    Layer,
+    Observation,
+    OtherParameters,
+    Output,
+    StateChange,
+)
+from pytest_diffopt.observation.outputs import OutputRecorder
+from pytest_diffopt.preparation import borrowed_state as state
+from pytest_diffopt.preparation import compilation
+from pytest_diffopt.preparation.quantization import has_quantized_layers
+from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_diffopt.recipe import Recipe
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "pytest-diffopt")
+QUIET_LOGGERS = ("diffusers", "transformers", "accelerate", "bitsandbytes", "torch._dynamo", "torch._inductor")
+SENSITIVITY_PROMPT = "a blue teapot under a stormy sky"
+SENSITIVITY_SEED = 7919
+"""Added to the recipe's seed in the sensitivity run; any number will do."""
+
+
+def observe(
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator | None = None,
+    precise: bool | None = None,
+    allow_hub: bool = False,
+    compile_backend: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Observation:
+    """Run a recipe once and write everything down.
+
+    An exception inside the recipe ends its run and stands in :attr:`Observation.failure`; it is not raised.
+
+    Args:
+        recipe: what to run.
+        accelerator: where; by default the one that :func:`pytest_diffopt.accelerators.select` finds.
+        precise: also run the calls in a higher precision, as the yardstick of parity. By default where the recipe is a
+            reference itself: neither compiled nor offloaded.
+        allow_hub: let hub ids that resolve to nothing local go to the hub.
+        compile_backend: used instead of the backends that the recipe names.
+        progress: called with a few words whenever a frame begins to compile.
+    """
+    accelerator = accelerator or select()
+    with _quietly():
+        _import_libraries()
+    run = _Run(recipe, accelerator, allow_hub, compile_backend, progress)
+    if precise is None:
+        precise = not recipe.compilation and recipe.offloading is None
+    with state.borrowed_state(), _quietly() as caught:
+        run.everything()
+        if precise and run.failure is None:
+            run.in_higher_precision()
+    run.notes += dict.fromkeys(f"{w.category.__name__}: {str(w.message).strip()}" for w in caught)
+    return run.observation()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[list[warnings.WarningMessage]]:
+    """Libraries' log lines are held back, and their warnings are written down instead of shown or, by -W, raised."""
+    levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
+    # Whoever collects every log line makes torch render every graph for it; its own trace files stay as they were asked
+    trace = logging.getLogger("torch.__trace")
+    foreign = [handler for handler in trace.handlers if not type(handler).__module__.startswith("torch.")]
+    try:
+        for handler in foreign:
+            trace.removeHandler(handler)
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            yield caught
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for handler in foreign:
+            trace.addHandler(handler)
+
+
+def _import_libraries() -> None:
+    """Import what a recipe may need before anything is written down: imports change globals too."""
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401
+
+
+class _Run:
+    """One run of a recipe, and what it wrote down."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        allow_hub: bool,
+        backend: str | None,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.allow_hub = allow_hub
+        self.backend = backend
+        self.watch = CompileWatch()
+        self.watch.on_compile = progress
+        self.recorder = OutputRecorder()
+        self.failure: Failure | None = None
+        self.phase = "preparing"
+        self.calls: list[CallRecord] = []
+        self.components: list[ComponentRecord] = []
+        self.layers: list[Layer] = []
+        self.other_parameters: list[OtherParameters] = []
+        self.executions: dict[tuple[int, str, str], int] = {}
+        self.state_changes: list[StateChange] = []
+        self.notes: list[str] = []
+        self.outputs: tuple[Output, ...] = ()
+        self.precise_outputs: tuple[Output, ...] = ()
+        self.precise_dtype = ""
+        self.breaks_of_diagnosis: CompileRecord | None = None
+        self.peak_bytes: int | None = None
+        self.starting_noise: dict[int, list[Any]] = {}
+
+    def everything(self) -> None:
+        """Prepare, call, and compare the globals; then, if a break ended it, find the other breaks too."""
+        broke = False
+        try:
+            with dynamo_settings(self.recipe.dynamo):
+                before = state.take_snapshot()
+                with self.watch:
+                    try:
+                        self._prepare_and_call(before)
+                    except Exception as error:
+                        self._note_failure(error)
+                        broke = private_torch.is_graph_break(error)
+                self._compare_state(before, state.take_snapshot(), with_random=False)
+        except Exception as error:
+            self._note_failure(error)
+        self.outputs = self.recorder.outputs()
+        if broke and any(entry.fullgraph for entry in self.recipe.compilation):
+            self._diagnose_breaks()
+
+    def _prepare_and_call(self, before: state.Snapshot) -> None:
+        prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
+        self._describe(prepared)
+        self._compare_state(before, state.take_snapshot(), with_random=False)
+        counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self.recipe.compilation:
+            counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
+        random_before = state.take_snapshot()
+        self.accelerator.reset_peak()
+        with self.watch.naming(prepared.module_names()), recording(prepared, self.recorder), counting:
+            with self._same_noise(prepared, replay=False):
+                for call in range(self.recipe.call.count):
+                    self._call(prepared, call, "call")
+                self._sensitivity_call(prepared)
+        self.peak_bytes = self.accelerator.peak_bytes()
+        random_after = state.take_snapshot()
+        for difference in state.differences(random_before, random_after, with_random=True):
+            if difference.name in state.RNG_NAMES:
+                self.state_changes.append(
+                    StateChange(difference.name, difference.before, difference.after, "the calls")
+                )
+
+    def _call(self, prepared: Prepared, call: int, kind: Any, **changed: Any) -> None:
+        self.phase = f"call {call}" if kind == "call" else "the sensitivity run"
+        self.watch.call = self.recorder.call = call
+        arguments = prepared.arguments(0 if kind == "sensitivity" else call, **changed)
+        if prepared.is_model and kind == "sensitivity":
+            arguments = perturbed(arguments)
+        started = time.perf_counter()
+        result = prepared.run(arguments)
+        self.accelerator.synchronize()
+        seconds = time.perf_counter() - started
+        self.recorder.record("", result, hold=True)
+        if prepared.is_model:
+            self.recorder.record("inputs after the call", arguments)
+        asked = self.recipe.call
+        self.calls.append(
+            CallRecord(
+                index=call,
+                kind=kind,
+                seconds=seconds,
+                prompt="" if prepared.is_model else str(arguments.get("prompt", "")),
+                size=tuple(asked.size(call) or ()),
+                steps=0 if prepared.is_model else asked.num_inference_steps,
+            )
+        )
+
+    def _sensitivity_call(self, prepared: Prepared) -> None:
+        """One more call with other inputs, unless two of the recipe's own calls differ in them already."""
+        asked = self.recipe.call
+        prompts = {asked.prompt(call) for call in range(asked.count)}
+        if not prepared.is_model and len(prompts) > 1:
+            return
+        if prepared.is_model:
+            self._call(prepared, asked.count, "sensitivity")
+        else:
+            self._call(
+                prepared,
+                asked.count,
+                "sensitivity",
+                prompt=SENSITIVITY_PROMPT,
+                seed=asked.seed + SENSITIVITY_SEED,
+            )
+
+    def _describe(self, prepared: Prepared) -> None:
+        for name, module in prepared.components.items():
+            root = compilation.original_module(module)
+            layers, others = manifest(name, root)
+            self.layers += layers
+            self.other_parameters += others
+            self.components.append(
+                ComponentRecord(
+                    name=name,
+                    kind=kind_of(root),
+                    bytes=sum(tensor_bytes(p) for p in root.parameters()),
+                    blocks=compilation.repeated_classes(root),
+                    compiled=compilation.compiled_paths(module),
+                    siblings_not_compiled=compilation.siblings_not_compiled(module),
+                    kept_plain=prepared.kept_plain.get(name, ()),
+                    kept_float32=prepared.kept_float32.get(name, ()),
+                )
+            )
+
+    def _compare_state(self, before: state.Snapshot, after: state.Snapshot, *, with_random: bool) -> None:
+        known = {change.name for change in self.state_changes}
+        for difference in state.differences(before, after, with_random=with_random):
+            if difference.name not in known:
+                self.state_changes.append(StateChange(difference.name, difference.before, difference.after, self.phase))
+
+    def _note_failure(self, error: Exception) -> None:
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        self.failure = Failure(
+            phase=self.phase,
+            error=type(error).__name__,
+            message=str(error),
+            traceback=tuple("".join(lines).splitlines()[-40:]),
+        )
+
+    def _diagnose_breaks(self) -> None:
+        """fullgraph stops at the first break: run one call without it, to name every break."""
+        state.reset_compiler_caches()
+        watch = CompileWatch()
+        try:
+            with dynamo_settings(self.recipe.dynamo), watch:
+                prepared = prepare(
+                    self.recipe, self.accelerator, allow_hub=self.allow_hub, backend="eager", fullgraph=False
+                )
+                with watch.naming(prepared.module_names()):
+                    prepared.run(prepared.arguments(0))
+        except Exception as error:  # the first break stands already; this run only adds to it
+            self.notes.append(f"a second run without fullgraph stopped: {type(error).__name__}: {error}")
+        if watch.record.graph_breaks:
+            self.breaks_of_diagnosis = watch.record
+
+    def in_higher_precision(self) -> None:
+        """The same calls in a wider dtype: the yardstick that tells rounding from error."""
+        import torch
+
+        recorder = OutputRecorder()
+        state.reset_compiler_caches()
+        try:
+            with dynamo_settings(self.recipe.dynamo):
+                prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub)
+                wide = widen(prepared)
+                with recording(prepared, recorder), self._same_noise(prepared, replay=True):
+                    for record in self.calls:
+                        recorder.call = record.index
+                        changed: dict[str, Any] = {}
+                        if record.kind == "sensitivity" and not prepared.is_model:
+                            changed = {
+                                "prompt": SENSITIVITY_PROMPT,
+                                "seed": self.recipe.call.seed + SENSITIVITY_SEED,
+                            }
+                        arguments = prepared.arguments(0 if record.kind == "sensitivity" else record.index, **changed)
+                        if prepared.is_model:
+                            if record.kind == "sensitivity":
+                                arguments = perturbed(arguments)
+                            arguments = _cast(arguments, wide)
+                        result = prepared.run(arguments)
+                        recorder.record("", result)
+                        if prepared.is_model:
+                            recorder.record("inputs after the call", arguments)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            # not every model runs in another dtype than it was written for: then the dtype's own rounding is the floor
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self.notes.append(f"no run in a higher precision: {type(error).__name__}: {first}")
+            return
+        self.precise_outputs = recorder.outputs()
+        self.precise_dtype = dtype_name(wide)
+        del prepared
+        torch.compiler.reset()
+
+    @contextlib.contextmanager
+    def _same_noise(self, prepared: Prepared, *, replay: bool) -> Iterator[None]:
+        """Write the starting noise down, or start from the one written down.
+
+        torch draws other numbers in another dtype, so a run in a higher precision must be handed the same noise.
+        """
+        original = getattr(prepared.pipeline, "prepare_latents", None)
+        if prepared.is_model or original is None:
+            yield
+            return
+
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            drawn = original(*args, **kwargs)
+            parts = list(drawn) if isinstance(drawn, tuple) else [drawn]
+            if not replay:
+                self.starting_noise[self.watch.call] = [
+                    part.detach().clone() if isinstance(part, torch.Tensor) else part for part in parts
+                ]
+                return drawn
+            kept = self.starting_noise.get(self._replayed_call, parts)
+            parts = [
+                old.to(new.dtype) if isinstance(new, torch.Tensor) and new.is_floating_point() else new
+                for old, new in zip(kept, parts, strict=True)
+            ]
+            self._replayed_call += 1
+            return tuple(parts) if isinstance(drawn, tuple) else parts[0]
+
+        self._replayed_call = 0
+        prepared.pipeline.prepare_latents = prepare_latents
+        try:
+            yield
+        finally:
+            del prepared.pipeline.prepare_latents
+
+    def observation(self) -> Observation:
+        compiles = self.watch.record
+        if self.breaks_of_diagnosis is not None:
+            compiles = CompileRecord(
+                frames=compiles.frames,
+                graph_breaks=self.breaks_of_diagnosis.graph_breaks,
+                regions=compiles.regions,
+                graph_runs_outside=compiles.graph_runs_outside,
+            )
+        return Observation(
+            recipe=self.recipe.to_dict(),
+            content_hash=self.recipe.content_hash,
+            accelerator=self.accelerator.kind,
+            device=self.accelerator.name,
+            versions=versions(),
+            components=tuple(self.components),
+            calls=tuple(self.calls),
+            compiles=compiles,
+            layers=tuple(self.layers),
+            other_parameters=tuple(self.other_parameters),
+            outputs=self.outputs,
+            precise_outputs=self.precise_outputs,
+            precise_dtype=self.precise_dtype,
+            executions=tuple(
+                Executions(call, component, region, count)
+                for (call, component, region), count in sorted(self.executions.items())
+            ),
+            state_changes=tuple(self.state_changes),
+            failure=self.failure,
+            notes=tuple(self.notes),
+            peak_bytes=self.peak_bytes,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of python and of the libraries that decide what a recipe does."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def recording(prepared: Prepared, recorder: OutputRecorder) -> Iterator[None]:
+    """Write down what each component returns, without a hook on anything that is compiled whole."""
+    with contextlib.ExitStack() as stack:
+        if not prepared.is_model:
+            for name, module in prepared.components.items():
+                _record_component(stack, name, module, recorder)
+        yield
+
+
+def _record_component(
+    stack: contextlib.ExitStack, name: str, module: torch.nn.Module, recorder: OutputRecorder
+) -> None:
+    compiled_call: Any = getattr(module, "_compiled_call_impl", None)
+    if compiled_call is not None:
+
+        def from_outside(*args: Any, **kwargs: Any) -> Any:
+            result = compiled_call(*args, **kwargs)
+            recorder.record(name, result)
+            return result
+
+        object.__setattr__(module, "_compiled_call_impl", from_outside)
+        stack.callback(object.__setattr__, module, "_compiled_call_impl", compiled_call)
+    else:
+        handle = module.register_forward_hook(lambda inner, args, result: recorder.record(name, result))
+        stack.callback(handle.remove)
+    for method in ("encode", "decode"):  # an autoencoder is called by these, not by its forward
+        original: Any = getattr(module, method, None)
+        if not callable(original):
+            continue
+
+        def recorded(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            result = _original(*args, **kwargs)
+            recorder.record(name, result)
+            return result
+
+        own = method in vars(module)
+        object.__setattr__(module, method, recorded)
+        stack.callback(object.__setattr__ if own else _delete_attribute, module, method, *([original] if own else []))
+
+
+def _delete_attribute(module: Any, name: str) -> None:
+    object.__delattr__(module, name)
+
+
+@contextlib.contextmanager
+def counting_executions(
+    prepared: Prepared, counts: dict[tuple[int, str, str], int], current_call: Callable[[], int]
+) -> Iterator[None]:
+    """Count how often the forward of each component, and of each block in it, really runs in an eager run.
+
+    Counted by code object, so that a caller who holds ``forward`` itself is counted like one who calls the module.
+    """
+    meant: set[CodeType] = set()
+    names: dict[int, tuple[str, str, CodeType]] = {}
+    for component, module in prepared.components.items():
+        root = compilation.original_module(module)
+        paths = {path: inner for path, inner in root.named_modules() if path == "" or path.rpartition(".")[2].isdigit()}
+        repeated = set(getattr(root, "_repeated_blocks", None) or ())
+        paths |= {path: inner for path, inner in root.named_modules() if type(inner).__name__ in repeated}
+        for path, inner in paths.items():
+            code = meant_code(inner._call_impl)
+            if code is not None:
+                meant.add(code)
+                names[id(inner)] = (component, path, code)
+    before = sys.getprofile()
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code in meant:
+            named = names.get(id(frame.f_locals.get("self")))
+            if named is not None and named[2] is frame.f_code:  # not a base class's forward that it calls
+                key = (current_call(), named[0], named[1])
+                counts[key] = counts.get(key, 0) + 1
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def perturbed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's inputs with every floating tensor changed by noise of its own size: the inputs of a sensitivity run."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(SENSITIVITY_SEED)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+            scale = float(value.detach().float().std()) if value.numel() > 1 else abs(float(value.detach().float()))
+            return (value + (noise * (scale or 1.0)).to(value.device, value.dtype)).to(value.dtype)
+        if isinstance(value, dict):
+            return {key: change(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(change(item) for item in value)
+        return value
+
+    return {name: change(value) for name, value in arguments.items()}
+
+
+def widen(prepared: Prepared) -> torch.dtype:
+    """Make a live pipeline compute in the next wider dtype; weights keep their values. Returns that dtype.
+
+    Quantized layers keep their quantized weights and multiply in the wider dtype where they allow it (8-bit does not).
+    """
+    import torch
+
+    present = {p.dtype for m in prepared.components.values() for p in m.parameters() if p.is_floating_point()}
+    low = {torch.float16, torch.bfloat16}
+    wide = torch.float32 if present & low or not present else torch.float64
+    quantized_layers = has_quantized_layers(prepared.components.values())
+    if quantized_layers and wide == torch.float64:
+        raise NotImplementedError("quantized layers do not multiply in float64")
+    for module in prepared.components.values():
+        for layer in module.modules():
+            if hasattr(getattr(layer, "weight", None), "quant_state"):
+                quantized: Any = layer
+                quantized.compute_dtype = wide
+                if quantized.weight.quant_state is not None:
+                    quantized.weight.quant_state.dtype = wide
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.dtype != wide:
+                    setattr(layer, name, torch.nn.Parameter(parameter.detach().to(wide), requires_grad=False))
+            for name, buffer in list(layer.named_buffers(recurse=False)):
+                if buffer is not None and buffer.is_floating_point():
+                    layer._buffers[name] = buffer.to(wide)
+    return wide
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+__all__ = ["MODEL", "observe", "versions"]

@@ -1,0 +1,119 @@
+"""What comes out: of the pipeline, of each component at each step, and what a call left in its inputs.
+
+Tensors are copied the moment they appear, and the originals are kept until the end: an output whose buffer a later call
+writes into differs from its copy by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.observation.layers import dtype_name
+from pytest_diffopt.observation.observation import Output, encode_values
+
+if TYPE_CHECKING:
+    import torch
+
+KEPT_ELEMENTS = 1 << 18
+"""Of a larger tensor every n-th element is kept, so that an observation stays a few megabytes."""
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of every tensor, array, image or number inside a result, in a fixed order."""
+    import numpy as np
+    import torch
+
+    if value is None or isinstance(value, str | bytes):
+        return
+    if isinstance(value, torch.Tensor):
+        yield name or "0", value
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "fiub":
+            yield name or "0", torch.from_numpy(np.ascontiguousarray(value))
+    elif isinstance(value, bool | int | float):
+        yield name or "0", torch.tensor(float(value), dtype=torch.float64)
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield from leaves(value[key], f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}.{index}" if name else str(index))
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from leaves(getattr(value, entry.name), f"{name}.{entry.name}" if name else entry.name)
+    elif hasattr(value, "getbands") and hasattr(value, "size"):  # a PIL image
+        yield name or "0", torch.from_numpy(np.array(value))
+
+
+@dataclass
+class _Kept:
+    """A tensor as it was when it came out, and the tensor itself."""
+
+    call: int
+    component: str
+    step: int
+    leaf: str
+    copy: torch.Tensor
+    original: torch.Tensor
+
+
+class OutputRecorder:
+    """Copies every tensor that comes out and, at the end, says which of them were overwritten since.
+
+    Args:
+        keep_originals: hold on to the tensors themselves to see whether a later call writes into them. Only results
+            that the caller of the pipeline receives are held: a component may reuse its own buffers.
+    """
+
+    def __init__(self) -> None:
+        self.call = 0
+        self._steps: dict[tuple[int, str], int] = {}
+        self._kept: list[_Kept] = []
+
+    def record(self, component: str, value: Any, *, hold: bool = False) -> None:
+        """Write down a result of a component; ``""`` for the pipeline itself."""
+        import torch
+
+        key = self.call, component
+        step = self._steps.get(key, 0)
+        self._steps[key] = step + 1
+        with torch.no_grad():
+            for leaf, tensor in leaves(value):
+                copy = tensor.detach().to("cpu", copy=True)
+                self._kept.append(_Kept(self.call, component, step, leaf, copy, tensor if hold else copy))
+
+    def outputs(self) -> tuple[Output, ...]:
+        """Everything recorded, as plain data."""
+        return tuple(_output(kept) for kept in self._kept)
+
+
+def _output(kept: _Kept) -> Output:
+    import torch
+
+    copy = kept.copy
+    overwritten = False
+    if kept.original is not copy:
+        now = kept.original.detach().to("cpu")
+        overwritten = now.shape != copy.shape or not torch.equal(
+            torch.nan_to_num(now.double()), torch.nan_to_num(copy.double())
+        )
+    wide = copy.dtype in (torch.float64, torch.int64, torch.int32)
+    flat = (copy.real if copy.is_complex() else copy).reshape(-1)
+    finite = bool(torch.isfinite(flat.float() if not wide else flat.double()).all())
+    stride = max(1, -(-flat.numel() // KEPT_ELEMENTS))
+    array = flat[::stride].to(torch.float64 if wide else torch.float32).contiguous().numpy()
+    return Output(
+        call=kept.call,
+        component=kept.component,
+        step=kept.step,
+        leaf=kept.leaf,
+        dtype=dtype_name(copy.dtype),
+        shape=tuple(copy.shape),
+        finite=finite,
+        values=encode_values(array.astype("<f8" if wide else "<f4")),
+        width=8 if wide else 4,
+        stride=stride,
+        overwritten=overwritten,
+    )

@@ -1,0 +1,150 @@
+"""Compiles what a recipe says: a component whole, or its repeated blocks; and says which modules are compiled now."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.errors import PreparationError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_diffopt.recipe import Compilation
+
+_ENOUGH_LINEARS = 4
+"""A repeated module with fewer Linear layers is a projection, not a block worth compiling."""
+
+
+def original_module(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside ``torch.compile``'s wrapper, or the module itself."""
+    inner: Any = getattr(module, "_orig_mod", module)
+    return inner  # type: ignore[no-any-return]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calling this very module enters a compiled region."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def resolve_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    """``"package.module:function"`` imported; anything else as it is."""
+    if not isinstance(backend, str) or ":" not in backend:
+        return backend
+    module, _, attribute = backend.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+def compile_components(
+    components: Mapping[str, torch.nn.Module],
+    compilations: tuple[Compilation, ...],
+    *,
+    backend: str | None = None,
+    fullgraph: bool | None = None,
+) -> None:
+    """Compile in place, in the recipe's order.
+
+    Args:
+        backend, fullgraph: used instead of what the recipe says, where given.
+
+    Raises:
+        PreparationError: a component is not there, or has no blocks that repeat.
+    """
+    import torch
+
+    for compilation in compilations:
+        if compilation.component not in components:
+            raise PreparationError(
+                f"compilation.component: found {compilation.component!r}; "
+                f"the pipeline has: {', '.join(sorted(components))}"
+            )
+        module = components[compilation.component]
+        if compilation.memory_format is not None:
+            module.to(memory_format=getattr(torch, compilation.memory_format))  # type: ignore[call-overload]
+        kwargs: dict[str, Any] = {
+            "backend": backend if backend is not None else resolve_backend(compilation.backend),
+            "fullgraph": compilation.fullgraph if fullgraph is None else fullgraph,
+            "dynamic": compilation.dynamic,
+        }
+        overridden = backend is not None and backend != "inductor"  # other backends refuse Inductor's arguments
+        if compilation.mode is not None and not overridden:
+            kwargs["mode"] = compilation.mode
+        if compilation.options and not overridden:
+            kwargs["options"] = dict(compilation.options)
+        if compilation.scope == "module":
+            module.compile(**kwargs)
+        else:
+            _compile_repeated_blocks(compilation.component, module, kwargs)
+
+
+def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    own: Any = getattr(module, "compile_repeated_blocks", None)
+    if own is not None and getattr(module, "_repeated_blocks", None):
+        own(**kwargs)
+        return
+    wanted = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
+    if not wanted:
+        wanted = set(repeated_classes(module).values())
+    blocks = [block for block in module.modules() if type(block).__name__ in wanted]
+    if not blocks:
+        raise PreparationError(
+            f"compilation.scope: found 'repeated_blocks', but {name} ({type(module).__name__}) names no repeated "
+            f'blocks (_repeated_blocks) and has no list of equal modules; use scope = "module"'
+        )
+    for block in blocks:
+        block.compile(**kwargs)
+
+
+def repeated_classes(module: torch.nn.Module) -> dict[str, str]:
+    """path → class of every module that stands with another of its class in a list, e.g. transformer blocks."""
+    import torch
+
+    found: dict[str, str] = {}
+    for path, inner in module.named_modules():
+        if not isinstance(inner, torch.nn.ModuleList):
+            continue
+        classes = [type(child).__name__ for child in inner]
+        for index, child in enumerate(inner):
+            if classes.count(classes[index]) > 1 and _linears(child) >= 1:
+                found[f"{path}.{index}" if path else str(index)] = classes[index]
+    return found
+
+
+def _linears(module: torch.nn.Module) -> int:
+    from pytest_diffopt.observation.layers import is_linear_like
+
+    return sum(is_linear_like(layer) for layer in module.modules())
+
+
+def compiled_paths(module: torch.nn.Module) -> tuple[str, ...]:
+    """The paths of the modules in a component whose call enters a compiled region; ``""`` is the component itself."""
+    root = original_module(module)
+    paths = [path for path, inner in root.named_modules() if path and is_compiled(inner)]
+    return ("", *paths) if is_compiled(module) or is_compiled(root) else tuple(paths)
+
+
+def siblings_not_compiled(module: torch.nn.Module) -> tuple[str, ...]:
+    """Classes of blocks that stand beside compiled blocks and are not compiled: a regional compile that missed some.
+
+    Blocks count as beside each other when their lists belong to the same module, and only when they are blocks: repeated,
+    with several Linear layers. A list of plain projections is none.
+    """
+    import torch
+
+    root = original_module(module)
+    missed: dict[str, None] = {}
+    for inner in root.modules():
+        lists = [child for child in inner.children() if isinstance(child, torch.nn.ModuleList)]
+        blocks = [block for one in lists for block in one]
+        compiled = {type(block).__name__ for block in blocks if is_compiled(block)}
+        if not compiled:
+            continue
+        for block in blocks:
+            holds_compiled = any(is_compiled(part) for part in block.modules())
+            if not holds_compiled and _linears(block) >= _ENOUGH_LINEARS:
+                missed[type(block).__name__] = None
+    return tuple(missed)

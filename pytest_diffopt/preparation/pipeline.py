@@ -1,0 +1,335 @@
+"""A live pipeline out of a recipe: built or loaded, quantized, offloaded, compiled, and called."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.preparation import compilation, offloading, quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_diffopt.accelerators import Accelerator
+    from pytest_diffopt.recipe import Recipe
+
+MODEL = "model"
+"""The one component's name where a factory returns a plain module."""
+
+
+@dataclass
+class Prepared:
+    """A live pipeline and what is needed to call it as its recipe says.
+
+    Attributes:
+        pipeline: the pipeline, or the module where the recipe is a model's.
+        components: name → module, as the pipeline holds them.
+        is_model: the pipeline is a plain ``torch.nn.Module``.
+        kept_plain, kept_float32: component → modules that the libraries leave unquantized, or in float32.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    pipeline: Any
+    components: dict[str, torch.nn.Module]
+    is_model: bool
+    default_size: tuple[int, ...] | None = None
+    default_kwargs: dict[str, Any] = field(default_factory=dict)
+    kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def module_names(self) -> dict[int, tuple[str, str]]:
+        """id of a module → (component, path in it), for every module of every component."""
+        names: dict[int, tuple[str, str]] = {}
+        for component, module in self.components.items():
+            names.setdefault(id(module), (component, ""))
+            for path, inner in compilation.original_module(module).named_modules():
+                names.setdefault(id(inner), (component, path))
+        return names
+
+    def arguments(self, call: int, *, seed: int | None = None, prompt: str | None = None) -> dict[str, Any]:
+        """The keyword arguments of one call; fresh copies, so that a call may change them.
+
+        Args:
+            call: from 0. seed, prompt: used instead of the recipe's, where given.
+        """
+        import torch
+
+        asked = self.recipe.call
+        seed = asked.seed if seed is None else seed
+        if self.is_model:
+            inputs = copy.deepcopy(dict(asked.model_inputs(call)))
+            return {name: self._placed(_thawed(value)) for name, value in inputs.items()}
+        signature = inspect.signature(type(self.pipeline).__call__).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
+        size = asked.size(call) or self.default_size or ()
+        wanted: dict[str, Any] = {
+            "prompt": asked.prompt(call) if prompt is None else prompt,
+            "num_inference_steps": asked.num_inference_steps,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            "output_type": "pt",
+            **dict(zip(("height", "width", "num_frames"), size, strict=False)),
+            **self.default_kwargs,
+        }
+        given = {name: value for name, value in wanted.items() if name in signature or open_ended}
+        extra = _thawed(copy.deepcopy(dict(asked.kwargs)))
+        if unknown := [name for name in extra if name not in signature and not open_ended]:
+            raise PreparationError(
+                f"call.kwargs: found {unknown[0]!r}; {type(self.pipeline).__name__} takes: "
+                f"{', '.join(name for name in signature if name != 'self')}"
+            )
+        return {**given, **extra}
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """One call. The result is what the pipeline or module returns."""
+        import torch
+
+        with torch.no_grad():
+            return self.pipeline(**arguments)
+
+    def _placed(self, value: Any) -> Any:
+        """Tensors on the device, floating ones in the recipe's dtype where it says one."""
+        import torch
+
+        dtype = getattr(torch, self.recipe.dtype) if self.recipe.dtype else None
+
+        def place(item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                cast = dtype if dtype is not None and item.is_floating_point() else item.dtype
+                return item.to(device=self.accelerator.device, dtype=cast)
+            if isinstance(item, dict):
+                for key in item:
+                    item[key] = place(item[key])
+                return item
+            if isinstance(item, list):
+                item[:] = [place(entry) for entry in item]
+                return item
+            if type(item) is tuple:
+                return tuple(place(entry) for entry in item)
+            return item
+
+        return place(value)
+
+
+def _thawed(value: Any) -> Any:
+    """Plain dicts and lists out of a recipe's frozen ones: a model may change what it is given."""
+    if isinstance(value, Mapping):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_thawed(item) for item in value)
+    return value
+
+
+def prepare(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    allow_hub: bool = False,
+    backend: str | None = None,
+    fullgraph: bool | None = None,
+) -> Prepared:
+    """Make a live pipeline out of a recipe; see :class:`Prepared`.
+
+    Raises:
+        PreparationError: with the cause, where a part of the recipe cannot be done.
+        ReplicaError: the pipeline's name resolves to nothing.
+    """
+    with quiet_libraries():
+        prepared = _built(recipe, accelerator, allow_hub=allow_hub)
+    quantization.use_default_kernels(prepared.components, accelerator)
+    for name, module in prepared.components.items():
+        prepared.kept_plain[name] = quantization.kept_plain(module)
+        prepared.kept_float32[name] = quantization.kept_float32(module)
+        module.eval()
+    if recipe.offloading is not None:
+        offloading.offload(prepared.pipeline, prepared.components, recipe.offloading, accelerator.device)
+    compilation.compile_components(prepared.components, recipe.compilation, backend=backend, fullgraph=fullgraph)
+    return prepared
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool = False) -> Iterator[Prepared]:
+    """Like :func:`prepare`, with every global given back when the context closes."""
+    from pytest_diffopt.preparation.borrowed_state import borrowed_state
+
+    with borrowed_state(), dynamo_settings(recipe.dynamo):
+        yield prepare(recipe, accelerator, allow_hub=allow_hub)
+
+
+@contextlib.contextmanager
+def dynamo_settings(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Set Dynamo's settings by name while the context is open."""
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    if unknown := [name for name in settings if not hasattr(config, name)]:
+        raise PreparationError(f"dynamo: found {unknown[0]!r}, which torch {torch.__version__} does not have")
+    if not settings:
+        yield
+        return
+    with config.patch(dict(settings)):
+        yield
+
+
+def _built(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) -> Prepared:
+    _seed(recipe.call.seed)
+    if callable(recipe.pipeline) or (":" in recipe.pipeline and "/" not in recipe.pipeline):
+        return _from_factory(recipe, accelerator)
+    return _from_files(recipe, accelerator, allow_hub=allow_hub)
+
+
+def _seed(seed: int) -> None:
+    """So that a factory that draws its weights builds the same model for a recipe and for its reference."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def resolve_factory(path: str) -> Callable[..., Any]:
+    """The callable that ``"package.module:attribute"`` names. Raises PreparationError that says which part is wrong."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PreparationError(
+            f"pipeline: found {path!r}, but module {module_name!r} does not import: {error}"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise PreparationError(f"pipeline: found {path!r}, but {module_name!r} has no {attribute!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise PreparationError(f"pipeline: found {path!r}, which is a {type(found).__name__} and cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
+    import torch
+
+    factory = recipe.pipeline if callable(recipe.pipeline) else resolve_factory(recipe.pipeline)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    offered: dict[str, Any] = {
+        "recipe": recipe,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "device": accelerator.device,
+        "quantization_config": quantization.pipeline_config(recipe.quantization) if recipe.quantization else None,
+    }
+    with quantization.quantizers_accept(accelerator):
+        pipeline = factory(**_accepted(factory, offered))
+    if not callable(pipeline):
+        raise PreparationError(
+            f"pipeline: the factory returned {type(pipeline).__name__}; "
+            f"it takes a diffusers pipeline, or a torch.nn.Module"
+        )
+    components = _components(pipeline)
+    if not components:
+        raise PreparationError(
+            f"pipeline: the factory returned {type(pipeline).__name__}, which holds no torch.nn.Module"
+        )
+    is_model = isinstance(pipeline, torch.nn.Module)
+    # A factory that quantized anything itself is judged as it stands; nothing is mended behind its back.
+    own = quantization.has_quantized_layers(components.values())
+    if dtype is not None and not own:
+        for module in components.values():
+            module.to(dtype)
+    if recipe.quantization is not None and not own:
+        quantization.quantize_in_place(components, recipe.quantization, accelerator.device)
+    if recipe.offloading is None and accelerator.is_real:
+        for module in components.values():
+            module.to(accelerator.device)
+    _quiet(pipeline)
+    return Prepared(recipe, accelerator, pipeline, components, is_model)
+
+
+def _accepted(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a factory names among its parameters."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return {}
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    is_class = inspect.isclass(factory)  # a module's own constructor arguments are not ours to fill
+    return {
+        name: value
+        for name, value in offered.items()
+        if name in parameters and parameters[name].kind in keyword and not is_class
+    }
+
+
+def _components(pipeline: Any) -> dict[str, torch.nn.Module]:
+    import torch
+
+    if isinstance(pipeline, torch.nn.Module):
+        return {MODEL: pipeline}
+    held = getattr(pipeline, "components", None)
+    if not isinstance(held, Mapping):
+        held = vars(pipeline) if hasattr(pipeline, "__dict__") else {}
+    return {name: value for name, value in held.items() if isinstance(value, torch.nn.Module)}
+
+
+def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) -> Prepared:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from pytest_diffopt.replicas.resolution import resolve
+
+    assert isinstance(recipe.pipeline, str)
+    resolved = resolve(recipe.pipeline, allow_hub=allow_hub)
+    kwargs: dict[str, Any] = {}
+    if recipe.dtype:
+        kwargs["torch_dtype"] = getattr(torch, recipe.dtype)
+    if recipe.quantization is not None:
+        kwargs["quantization_config"] = quantization.pipeline_config(recipe.quantization)
+    with quantization.quantizers_accept(accelerator):
+        pipeline: Any = DiffusionPipeline.from_pretrained(resolved.path_or_id, **kwargs)
+    components = _components(pipeline)
+    if recipe.quantization is not None:
+        for name in recipe.quantization.components or ():
+            if name not in components:
+                raise PreparationError(
+                    f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
+                )
+    if recipe.offloading is None and accelerator.is_real:
+        pipeline.to(accelerator.device)
+    _quiet(pipeline)
+    family = resolved.family
+    return Prepared(
+        recipe,
+        accelerator,
+        pipeline,
+        components,
+        is_model=False,
+        default_size=tuple(family.default_size) if family is not None else None,
+    )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars of the libraries while the context is open: a test's output is for verdicts."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with contextlib.ExitStack() as stack:
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+        yield
+
+
+def _quiet(pipeline: Any) -> None:
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,42 @@
+"""Replicas: tiny pipelines of the same classes as public ones, built from configs, seeded, with no download.
+
+Importing this imports neither torch nor diffusers nor transformers; building does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pytest_diffopt.replicas.cache import cache_directory, ensure
+from pytest_diffopt.replicas.catalogue import Registry, registry
+from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve
+
+__all__ = [
+    "Family",
+    "Registry",
+    "Resolved",
+    "cache_directory",
+    "ensure",
+    "families",
+    "hub_cache_environment",
+    "known",
+    "register",
+    "registry",
+    "resolve",
+]
+
+
+def register(family: Family) -> None:
+    """Add ``family`` to the families that recipes use; raises ``ReplicaError`` if its name or a hub id is taken."""
+    registry.register(family)
+
+
+def families() -> Mapping[str, Family]:
+    """The families that recipes use, by name."""
+    return registry.families
+
+
+def known(name: str) -> bool:
+    """Whether a replica has that name, or stands for that hub id, in any case."""
+    return registry.find(name) is not None

@@ -1,0 +1,198 @@
+"""Replicas on disk, in the layout of the hub's own cache, each built once.
+
+Below the user's cache directory (``DIFFOPT_CACHE_DIR``, else ``$XDG_CACHE_HOME/pytest-diffopt``, else
+``~/.cache/pytest-diffopt``)::
+
+    replicas/<key>/hub/models--org--name/refs/main            holds the commit
+    replicas/<key>/hub/models--org--name/snapshots/<commit>/  the pipeline, and a manifest of its files
+    replicas/<key>/building/                                  what is not whole yet
+
+The key is a hash of the versions of the libraries that build and load a replica; the commit is a hash of the family's
+sources. An edited family is thus a new commit, and one folder serves as ``HF_HUB_CACHE`` for replicas of any families.
+The directory may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.replicas.catalogue import Registry, registry
+from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.initialization import reproducible
+
+SCHEMA = 1
+MANIFEST = "diffopt-manifest.json"
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub")
+_ABANDONED_SECONDS = 3600.0
+
+
+def cache_directory() -> Path:
+    """The user's cache directory; it need not exist yet."""
+    if chosen := os.environ.get("DIFFOPT_CACHE_DIR"):
+        return Path(chosen).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(home).absolute() / "pytest-diffopt"
+
+
+def hub_directory() -> Path:
+    """The folder that stands for ``HF_HUB_CACHE``: replicas built with the installed libraries."""
+    return _version_directory() / "hub"
+
+
+def ensure(name_or_hub_id: str, *, registry: Registry = registry) -> Path:
+    """The snapshot directory of a replica, built if the cache does not hold it whole.
+
+    Processes may call it at once. The random state, default dtype and default device are left as they are.
+
+    Args:
+        name_or_hub_id: a family's name (``"tiny-flux"``) or a public id that it stands for, in any case.
+        registry: where to look the family up.
+
+    Raises:
+        ReplicaError: no family is called so, its builder failed, or the cache cannot be written.
+    """
+    family = registry.find(name_or_hub_id)
+    if family is None:
+        raise ReplicaError(f"No replica stands for {name_or_hub_id!r}; there are {', '.join(registry.families)}.")
+    return ensure_family(family, family.canonical(name_or_hub_id) or family.repository)
+
+
+def ensure_family(family: Family, hub_id: str, *, spelling: str | None = None) -> Path:
+    """The snapshot directory of ``family`` built for ``hub_id``, under the folder of ``spelling`` (else of ``hub_id``).
+
+    The hub's cache is case-sensitive where the file system is: a public id in another case needs a folder of its own.
+
+    Raises:
+        ReplicaError: as :func:`ensure`.
+    """
+    repository = hub_directory() / f"models--{(spelling or hub_id).replace('/', '--')}"
+    commit = family.source_hash()
+    snapshot = repository / "snapshots" / commit
+    try:
+        if not is_whole(snapshot):
+            _build(family, hub_id, snapshot)
+        _point_main_at(repository, commit)
+    except OSError as error:
+        raise ReplicaError(
+            f"{family.name}: the replica cannot be written below {cache_directory()} ({error}); "
+            f"set DIFFOPT_CACHE_DIR to a directory that can."
+        ) from error
+    return snapshot
+
+
+def is_whole(snapshot: Path) -> bool:
+    """Whether ``snapshot`` holds every file of its manifest, in the size written there."""
+    try:
+        files = json.loads((snapshot / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return "model_index.json" in files and all((snapshot / n).stat().st_size == size for n, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _version_directory() -> Path:
+    def installed(library: str) -> str:
+        try:
+            return version(library)
+        except PackageNotFoundError:
+            return "absent"
+
+    text = "\n".join([f"schema={SCHEMA}", *(f"{library}={installed(library)}" for library in _LIBRARIES)])
+    return cache_directory() / "replicas" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _build(family: Family, hub_id: str, snapshot: Path) -> None:
+    building = _version_directory() / "building"
+    building.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(building)
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and moved in one step: whoever is killed, or comes second, leaves no half of a snapshot.
+    workplace = building / _unique(family.name)
+    workplace.mkdir()
+    try:
+        _save(family, hub_id, workplace)
+        _write_manifest(family, hub_id, workplace)
+        _move_in(workplace, snapshot)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _save(family: Family, hub_id: str, directory: Path) -> None:
+    import torch
+
+    try:
+        with reproducible():
+            pipeline = family.build(None if hub_id == family.repository else hub_id)
+    except Exception as error:
+        raise ReplicaError(f"{family.name}: its builder raised {type(error).__name__}: {error}") from error
+    modules = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    if modules != set(family.components):
+        raise ReplicaError(
+            f"{family.name}: the components that are modules are {', '.join(sorted(modules))}; "
+            f"the family names {', '.join(sorted(family.components))}."
+        )
+    if type(pipeline).__name__ != family.pipeline_class:
+        raise ReplicaError(
+            f"{family.name}: built a {type(pipeline).__name__}; the family names {family.pipeline_class}."
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+
+
+def _write_manifest(family: Family, hub_id: str, directory: Path) -> None:
+    files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    manifest = {"schema": SCHEMA, "family": family.name, "hub_id": hub_id, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _move_in(workplace: Path, snapshot: Path) -> None:
+    for attempt in range(5):
+        try:
+            workplace.rename(snapshot)
+            return
+        except OSError:
+            if is_whole(snapshot):
+                return  # another process was first
+            if attempt == 4 or not snapshot.exists():
+                raise
+        # A folder cannot replace a full one, so what is damaged goes aside first.
+        aside = workplace.with_name(_unique("damaged"))
+        try:
+            snapshot.rename(aside)
+        except FileNotFoundError:
+            pass  # another process moved it
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _point_main_at(repository: Path, commit: str) -> None:
+    reference = repository / "refs" / "main"
+    if reference.is_file() and reference.read_text(encoding="utf-8") == commit:
+        return
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    draft = repository / _unique(".main")
+    draft.write_text(commit, encoding="utf-8")
+    draft.replace(reference)
+
+
+def _unique(stem: str) -> str:
+    # tempfile would make what others may not read, and a cache may be shared.
+    return f"{stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _remove_abandoned(building: Path) -> None:
+    oldest = time.time() - _ABANDONED_SECONDS
+    for entry in building.iterdir():
+        try:
+            abandoned = entry.stat().st_mtime < oldest
+        except FileNotFoundError:
+            continue
+        if abandoned:
+            shutil.rmtree(entry, ignore_errors=True)

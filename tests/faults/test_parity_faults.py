@@ -1,0 +1,205 @@
+"""Faults that change what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_diffopt import Call, Contract
+
+from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass, inputs
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def backend(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A backend that runs the graph as it is, and changes what comes out."""
+
+    def compile_graph(graph: Any, example_inputs: Any) -> Callable[..., Tensors]:
+        return lambda *given: tuple(change(result) for result in graph(*given))
+
+    return compile_graph
+
+
+def one_element(result: torch.Tensor) -> torch.Tensor:
+    changed = result.clone()
+    changed.view(-1)[7] += 0.05 * result.abs().max()
+    return changed
+
+
+FAULTS = {
+    "scaled": backend(lambda result: result * 1.003),
+    "shifted": backend(lambda result: result + 0.02),
+    "one element": backend(one_element),
+    "zeroed": backend(torch.zeros_like),
+    "not finite": backend(lambda result: result * float("nan")),
+    "transposed rows": backend(lambda result: result.flip(0)),
+    "noise": backend(lambda result: result + 0.02 * torch.sin(1000 * result)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_result_is_found(judge: Judge, fault: str, dtype: str) -> None:
+    call = Call(inputs=inputs(32, 32, 32))
+    verdict = judge(Healthy, backend=FAULTS[fault], dtype=dtype, call=call)["parity"]
+    assert verdict.status == "failed", verdict.text
+
+
+def test_a_scale_that_is_a_little_wrong_is_named_as_one_below_the_rounding(judge: Judge) -> None:
+    call = Call(inputs=inputs(256, 256, 256))
+    verdict = judge(Healthy, backend=FAULTS["scaled"], dtype="bfloat16", call=call)["parity"]
+    assert verdict.status == "failed"
+    assert "scaled by 1.00" in verdict.sentence
+
+
+def test_the_tolerance_that_would_have_been_required_is_stated(judge: Judge) -> None:
+    verdict = judge(Healthy, backend=FAULTS["scaled"])["parity"]
+    required = verdict.figures["required_multiple"]
+    assert f"a parity_multiple of {required:.3g} would have been required, 3 is set" in verdict.text
+    generous = judge(Healthy, backend=FAULTS["scaled"], contract=Contract(parity_multiple=1.1 * required))["parity"]
+    assert generous.status == "passed"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_faithful_backend_passes(judge: Judge, dtype: str) -> None:
+    assert_all_pass(judge(Healthy, dtype=dtype, call=Call(inputs=inputs(32, 32, 32))))
+
+
+class Reassociated(nn.Module):
+    """The same sum, added up in another order when it is compiled: honest rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if torch.compiler.is_compiling():
+                half = WIDTH // 2
+                left = x[:, :half] @ layer.weight[:, :half].T
+                x = x + torch.tanh(layer.bias + left + x[:, half:] @ layer.weight[:, half:].T)
+            else:
+                x = x + torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_order_of_additions_is_no_fault(judge: Judge, dtype: str) -> None:
+    assert_all_pass(judge(Reassociated, dtype=dtype, call=Call(inputs=inputs(32, 32, 32))))
+
+
+class NotFinite(Healthy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / torch.zeros_like(x)
+
+
+class Constant(Healthy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0 + 1
+
+
+class IgnoresInput(Healthy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.linspace(0, 1, x.numel()).reshape(x.shape))
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (NotFinite, "is not finite (NaN or infinity)"),
+        (Constant, "is constant"),
+        (IgnoresInput, "ignores its inputs"),
+    ],
+)
+def test_two_dead_outputs_do_not_agree(judge: Judge, model: type[nn.Module], cause: str) -> None:
+    verdict = judge(model)["parity"]
+    assert verdict.status == "failed"
+    assert cause in verdict.sentence
+
+
+class PromptIsLost(TwoPart):
+    def embed(self, prompt: str) -> torch.Tensor:
+        return super().embed("always the same")
+
+
+def test_a_pipeline_that_ignores_its_prompt_is_found(judge: Judge) -> None:
+    verdict = judge(lambda: PromptIsLost(Healthy(), Healthy()), component="denoiser", call=Call())["parity"]
+    assert verdict.status == "failed"
+    assert "ignores its inputs" in verdict.sentence
+
+
+def reusing_backend(graph: Any, example_inputs: Any) -> Callable[..., Tensors]:
+    """Returns the same buffer from every call, as CUDA graphs do."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def run(*given: Any) -> Tensors:
+        results = []
+        for index, result in enumerate(graph(*given)):
+            kept.setdefault(index, torch.empty_like(result)).copy_(result)
+            results.append(kept[index])
+        return tuple(results)
+
+    return run
+
+
+def test_an_output_whose_buffer_the_next_call_overwrites_is_found(judge: Judge) -> None:
+    verdict = judge(Healthy, backend=reusing_backend)["parity"]
+    assert verdict.status == "failed"
+    assert "was overwritten by a later call" in verdict.sentence
+
+
+class UpdatesItsArgument(nn.Module):
+    """Keeps what it saw in a dict that the caller gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        y = self.layer(x) + cache["seen"]
+        cache["seen"] = y
+        return y
+
+
+class CopiesItsArgument(UpdatesItsArgument):
+    """When compiled, works on a copy: the caller's dict stays as it was."""
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().forward(x, dict(cache) if torch.compiler.is_compiling() else cache)
+
+
+def test_in_place_updates_that_get_lost_are_found(judge: Judge) -> None:
+    call = Call(inputs=inputs(4, 4, 4, cache={"seen": torch.ones(4, WIDTH)}))
+    verdict = judge(CopiesItsArgument, call=call)["parity"]
+    assert verdict.status == "failed"
+    assert "inputs after the call.cache.seen" in verdict.sentence
+    assert_all_pass(judge(UpdatesItsArgument, call=call))
+
+
+def test_the_first_component_to_differ_is_named(judge: Judge) -> None:
+    factory = lambda: TwoPart(Healthy(), Healthy())  # noqa: E731
+    verdict = judge(factory, component="denoiser", call=Call(), backend=FAULTS["scaled"])["parity"]
+    assert verdict.status == "failed"
+    assert verdict.sentence.startswith("denoiser, step 0 of call 0 is the first to differ")
+
+
+class AnotherShape(Healthy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y[:1] if torch.compiler.is_compiling() else y
+
+
+class AnotherDtype(Healthy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.double() if torch.compiler.is_compiling() else y
+
+
+def test_another_shape_or_dtype_is_found(judge: Judge) -> None:
+    assert "has shape [1, 64], [4, 64] in the eager reference" in judge(AnotherShape)["parity"].sentence
+    assert "is float64, float32 in the eager reference" in judge(AnotherDtype)["parity"].sentence
