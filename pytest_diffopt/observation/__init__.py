@@ -1,0 +1,1 @@
+"""What happens while a recipe runs, written down as plain data."""

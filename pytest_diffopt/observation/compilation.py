@@ -26,8 +26,6 @@ from pytest_diffopt.observation.observation import (
     RegionRuns,
 )
 
-_RESUME = re.compile(r"^torch_dynamo_resume_in_(?P<function>.+)_at_\d+$")
-
 
 @functools.lru_cache(maxsize=4096)
 def short_path(filename: str) -> str:
@@ -44,11 +42,8 @@ def short_path(filename: str) -> str:
 
 def place_of(code: CodeType) -> Place:
     """Where a code object stands; a function that Dynamo resumes after a break counts as the function it broke."""
-    name = code.co_name
-    while match := _RESUME.match(name):
-        name = match["function"]
-    qualified = getattr(code, "co_qualname", name)
-    return Place(short_path(code.co_filename), code.co_firstlineno, name if _RESUME.match(code.co_name) else qualified)
+    original = private_torch.original_code(code)
+    return Place(short_path(code.co_filename), code.co_firstlineno, getattr(original, "co_qualname", original.co_name))
 
 
 def meant_code(function: Any) -> CodeType | None:
@@ -67,11 +62,6 @@ def meant_code(function: Any) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def _key(code: CodeType) -> tuple[str, str]:
-    match = _RESUME.match(code.co_name)
-    return code.co_filename, match["function"] if match else code.co_name
-
-
 @dataclass
 class _Entry:
     """One call of a compiled callable, while it is open."""
@@ -79,7 +69,7 @@ class _Entry:
     component: str
     region: str
     place: Place
-    meant: tuple[str, str] | None
+    meant: CodeType | None
     active: bool
     runs: int = 0
     operations: int = 0
@@ -217,7 +207,7 @@ class CompileWatch:
         place = place_of(code) if code else Place("", 0, getattr(function, "__qualname__", repr(function)))
         if not component and not region:
             region = place.function
-        entry = _Entry(component, region, place, _key(code) if code else None, active)
+        entry = _Entry(component, region, place, code, active)
         if not active:
             entry.notes.append("a compiler stance makes Dynamo stand aside")
         self._entries.append(entry)
@@ -266,11 +256,8 @@ class CompileWatch:
         if frame is not None:
             frame.graphs += 1
             frame.operations += operations
-        keys = {_key(c) for c in traced}
-        if frame is not None:
-            keys.add(_key(frame.code))
-        if code is not None:
-            keys.add(_key(code))
+        made_from = {private_torch.original_code(c) for c in traced}
+        made_from |= {private_torch.original_code(c) for c in (code, frame.code if frame else None) if c is not None}
 
         def ran() -> None:
             if not self._open:
@@ -280,7 +267,7 @@ class CompileWatch:
             for entry in self._entries:
                 entry.runs += 1
                 entry.operations += operations
-                if operations and (entry.meant is None or entry.meant in keys):
+                if operations and (entry.meant is None or entry.meant in made_from):
                     entry.engaged = True
 
         return ran
@@ -318,7 +305,7 @@ class CompileWatch:
                 component=frame.component,
                 region=frame.region,
                 place=place_of(frame.code),
-                resumed=bool(_RESUME.match(frame.code.co_name)),
+                resumed=private_torch.original_code(frame.code) is not frame.code,
                 outcome=outcome,
                 graphs=frame.graphs,
                 operations=frame.operations,
@@ -330,7 +317,11 @@ class CompileWatch:
         )
 
     def frame_passed_over(self, reason: str, code: CodeType) -> None:
-        if self._entries and _key(code) == self._entries[-1].meant and not self._entries[-1].notes:
+        if (
+            self._entries
+            and private_torch.original_code(code) is self._entries[-1].meant
+            and not self._entries[-1].notes
+        ):
             self._note(f"{place_of(code)} was not traced: {reason}")
 
     # How it keeps them.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.observation.observation import Layer, OtherParameters
+from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
 
 if TYPE_CHECKING:
     import torch
@@ -41,22 +42,6 @@ def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
     nested = getattr(state, "state2", None)
     if nested is not None:
         yield from _state_tensors(nested)
-
-
-def is_linear_like(module: torch.nn.Module) -> bool:
-    """A layer that multiplies by a matrix: torch's Linear, and any class of its shape in a quantization library."""
-    import torch
-
-    if isinstance(module, torch.nn.Linear):
-        return True
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
-
-
-def is_quantized_class(module: object) -> bool:
-    """Whether a module is of a quantization library's class, or of one derived from it; its weight may still be plain."""
-    return any(base.__module__.split(".")[0] == "bitsandbytes" for base in type(module).__mro__)
 
 
 def read_layer(component: str, path: str, module: Any) -> Layer:

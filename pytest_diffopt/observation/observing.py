@@ -37,8 +37,8 @@ from pytest_diffopt.observation.observation import (
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation import compilation
-from pytest_diffopt.preparation.quantization import has_quantized_layers
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
+from pytest_diffopt.preparation.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
     import torch
@@ -181,11 +181,15 @@ class _Run:
             counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
         random_before = state.take_snapshot()
         self.accelerator.reset_peak()
-        with self.watch.naming(prepared.module_names()), recording(prepared, self.recorder), counting:
-            with self._same_noise(prepared, replay=False):
-                for call in range(self.recipe.call.count):
-                    self._call(prepared, call, "call")
-                self._sensitivity_call(prepared)
+        with (
+            self.watch.naming(prepared.module_names()),
+            recording(prepared, self.recorder),
+            self._same_noise(prepared, replay=False),
+            counting,
+        ):
+            for call in range(self.recipe.call.count):
+                self._call(prepared, call, "call")
+            self._sensitivity_call(prepared)
         self.peak_bytes = self.accelerator.peak_bytes()
         random_after = state.take_snapshot()
         for difference in state.differences(random_before, random_after, with_random=True):

@@ -56,6 +56,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "graph breaks that Dynamo resumes from",
         _SEEN,
     ),
+    PrivateName(
+        "torch._dynamo.resume_execution",
+        "ContinueExecutionCache.generated_code_metadata",
+        "which function a resumed one belongs to",
+        _SEEN,
+    ),
     PrivateName("torch._dynamo.exc", "Unsupported", "graph breaks that skip a whole frame", _SEEN),
 )
 
@@ -138,11 +144,15 @@ def user_stack(error: BaseException) -> list[tuple[str, int, str]]:
     return [(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
 
 
-def reset_compiler_state() -> None:
-    """Forget every compiled frame, so that nothing an earlier test compiled can stand in for this one."""
-    import torch
+def original_code(code: CodeType) -> CodeType:
+    """The function that a code object belongs to: itself, or the one that Dynamo resumes by it after a break."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
 
-    torch.compiler.reset()
+    seen = 0
+    while code in ContinueExecutionCache.generated_code_metadata and seen < 100:
+        code = ContinueExecutionCache.generated_code_metadata[code].code
+        seen += 1
+    return code
 
 
 class _Broadcast:
@@ -218,7 +228,10 @@ def _wrap_reasons(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             reasons = original(*args, **kwargs)
         except Exception as error:  # `error_on_recompile` raises here, with the reasons as its text
-            _broadcast.tell("recompile_reasons", [str(error)])
+            lines = [
+                line.strip().removeprefix("- ") for line in str(error).splitlines() if line.strip().startswith("- ")
+            ]
+            _broadcast.tell("recompile_reasons", lines or [str(error)])
             raise
         _broadcast.tell("recompile_reasons", [str(reason) for reason in reasons])
         return reasons

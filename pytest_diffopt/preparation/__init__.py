@@ -1,0 +1,1 @@
+"""A live pipeline out of a recipe, and every global given back after it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.preparation.linear_layers import is_linear_like
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def compile_components(
         if compilation.options and not overridden:
             kwargs["options"] = dict(compilation.options)
         if compilation.scope == "module":
-            module.compile(**kwargs)
+            compile_module(module, kwargs)
         else:
             _compile_repeated_blocks(compilation.component, module, kwargs)
 
@@ -96,7 +97,29 @@ def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[st
             f'blocks (_repeated_blocks) and has no list of equal modules; use scope = "module"'
         )
     for block in blocks:
-        block.compile(**kwargs)
+        compile_module(block, kwargs)
+
+
+def compile_module(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Compile a module in place, as ``module.compile()`` does.
+
+    Dynamo never begins a trace in torch's own modules, so ``torch.nn.Sequential(…).compile()`` compiles nothing at all;
+    for these the trace begins in a function of ours, as ``torch.compile(module)`` does for them.
+    """
+    import torch
+
+    own_compile = type(module).compile is not torch.nn.Module.compile
+    if own_compile or not type(module).forward.__module__.startswith("torch."):
+        module.compile(**kwargs)
+        return
+
+    inner: Any = module
+
+    def call(*args: Any, **arguments: Any) -> Any:
+        return inner._call_impl(*args, **arguments)
+
+    call.__self__ = module  # type: ignore[attr-defined]  # so that it is known whose call this is
+    object.__setattr__(module, "_compiled_call_impl", torch.compile(call, **kwargs))
 
 
 def repeated_classes(module: torch.nn.Module) -> dict[str, str]:
@@ -115,8 +138,6 @@ def repeated_classes(module: torch.nn.Module) -> dict[str, str]:
 
 
 def _linears(module: torch.nn.Module) -> int:
-    from pytest_diffopt.observation.layers import is_linear_like
-
     return sum(is_linear_like(layer) for layer in module.modules())
 
 

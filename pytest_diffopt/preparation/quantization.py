@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.observation.layers import is_linear_like, is_quantized_class
+from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
 
 if TYPE_CHECKING:
     import torch

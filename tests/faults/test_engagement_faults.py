@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ class Generates(Healthy):
     """A forward that yields: no frame of it can be compiled."""
 
     def forward(self, x: torch.Tensor) -> Any:
-        return list(self.parts(x))[0]
+        return next(iter(self.parts(x)))
 
     @torch.compiler.disable
     def parts(self, x: torch.Tensor) -> Any:
@@ -106,6 +107,19 @@ def test_a_loop_over_a_tensors_length_is_no_engagement(judge: Judge) -> None:
 def test_a_compile_that_does_nothing_is_told_so(judge: Judge) -> None:
     verdict = judge(CompileDoesNothing)["engagement"]
     assert (verdict.status, verdict.sentence) == ("failed", "nothing in model is compiled")
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)),
+        lambda: nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, dropout=0.0, batch_first=True),
+    ],
+)
+def test_torchs_own_modules_are_compiled_too(judge: Judge, factory: Callable[[], nn.Module]) -> None:
+    name = "input" if isinstance(factory(), nn.Sequential) else "src"
+    call = Call(inputs=[{name: torch.randn(4, WIDTH)}])
+    assert_all_pass(judge(factory, call=call, fullgraph=True))
 
 
 def test_a_healthy_model_passes(judge: Judge) -> None:

@@ -1,0 +1,1 @@
+"""What pytest collects, and what the markers do: recipe files become items, and tests are watched."""

@@ -1,0 +1,173 @@
+"""What the markers do to the tests that carry them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_diffopt.collection.session import accelerator_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY
+
+if TYPE_CHECKING:
+    from pytest_diffopt.collection.watching import WatchMarkers
+    from pytest_diffopt.observation.compilation import CompileWatch
+
+# What ``pytest --markers`` prints: the first line of each dataclass's docstring in `markers`, written again (a test
+# compares them) so that a run whose tests have no such marker does not pay for that module.
+MARKER_LINES = {
+    "requires_gpu": "requires_gpu(min_memory=None, capability=None, backends=None, simulated=False): "
+    "skip unless the accelerator fits.",
+    "compile_fullgraph": "compile_fullgraph: "
+    "all that the test compiles is one graph a frame, and runs: no break, no skip, no fall back.",
+    "max_recompiles": "max_recompiles(limit): "
+    "at most that many recompiles in the test, and no recompile limit is ever exhausted.",
+    "recipes": "recipes(*recipes): "
+    "run the test once a recipe; its fixtures `recipe` and `observation` have it and what happened.",
+    "quantization": 'quantization(backend, components=None, pipeline="tiny-flux", **kwargs): '
+    "configure fixture `quantized_pipeline`.",
+}
+
+WATCH_MARKERS: pytest.StashKey[WatchMarkers] = pytest.StashKey()
+WATCH: pytest.StashKey[CompileWatch] = pytest.StashKey()
+"""The open watch of a test that takes the fixture `compile_watch`."""
+_SKIPPED: pytest.StashKey[str] = pytest.StashKey()
+
+
+def register_markers(config: pytest.Config) -> None:
+    """Declare every marker, so that ``--markers`` lists it and ``--strict-markers`` knows it."""
+    for line in MARKER_LINES.values():
+        config.addinivalue_line("markers", line)
+
+
+def skip(item: pytest.Item, reason: str) -> NoReturn:
+    """Skip, reported at the item's own place, not at this line."""
+    item.stash[_SKIPPED] = reason
+    pytest.skip(reason)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """Stands for a recipe where the marker `recipes` is wrong: so the test fails, and no other with it."""
+
+    text: str
+
+
+def parametrize_recipes(metafunc: pytest.Metafunc) -> None:
+    """Run a test with the marker `recipes` once a recipe."""
+    mark = metafunc.definition.get_closest_marker("recipes")
+    if mark is None:
+        return
+    if "recipe" not in metafunc.fixturenames:
+        return  # said when the test is set up
+    from pytest_diffopt.collection.recipe_files import recipes_named
+    from pytest_diffopt.errors import DiffoptError
+    from pytest_diffopt.markers import Recipes
+
+    found: list[Any]
+    try:
+        marker = Recipes.of(mark.args, mark.kwargs)
+        found = [
+            pytest.param(recipe, id=recipe.name)
+            for recipe in recipes_named(marker.recipes, metafunc.definition, metafunc.definition.path.parent)
+        ]
+    except DiffoptError as error:
+        found = [pytest.param(Mistake(str(error)), id="mistake")]
+    metafunc.parametrize("recipe", found, indirect=True)
+
+
+def note_recipe(item: pytest.Item) -> None:
+    """Let the reports of a test over recipes say which recipe it was, also where it is skipped."""
+    recipe: Any = getattr(getattr(item, "callspec", None), "params", {}).get("recipe")
+    if hasattr(recipe, "content_hash"):
+        about = {"source": source_of(item), "recipe": recipe.name, "check": getattr(item, "originalname", item.name)}
+        item.user_properties.append((RECIPE_PROPERTY, about))
+
+
+def source_of(item: pytest.Item) -> str:
+    """The file of a test, as its node id writes it."""
+    return item.nodeid.partition("::")[0]
+
+
+def set_up(item: pytest.Item) -> None:
+    """Reject wrong markers, skip where the accelerator does not fit, and note what is to be watched."""
+    names = {mark.name for mark in item.iter_markers()} & MARKER_LINES.keys()
+    if not names:
+        return
+    from pytest_diffopt.collection.watching import WatchMarkers
+    from pytest_diffopt.errors import DiffoptError, MarkerError
+    from pytest_diffopt.markers import MARKERS, RequiresGpu, closest, unsupported
+
+    try:
+        for mark in item.iter_markers():
+            if mark.name in MARKERS:
+                MARKERS[mark.name].of(mark.args, mark.kwargs)
+    except MarkerError as error:
+        raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
+    if "recipes" in names and "recipe" not in getattr(item, "fixturenames", ()):
+        pytest.fail(
+            f"{item.nodeid}: recipes: the test takes neither fixture, 'recipe' nor 'observation'", pytrace=False
+        )
+    if (gpu := closest(item, RequiresGpu)) is not None:
+        try:
+            why = unsupported(gpu, accelerator_of(item.config))
+        except DiffoptError as error:
+            raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
+        if why is not None:
+            skip(item, why)
+    if (watch_markers := WatchMarkers.of_test(item)) is not None:
+        item.stash[WATCH_MARKERS] = watch_markers
+
+
+@contextlib.contextmanager
+def watching(item: pytest.Item) -> Iterator[None]:
+    """Watch what the test compiles, where its markers ask for it, and fail it where they do not hold.
+
+    A test that fails by itself, or skips, is left at that.
+    """
+    markers = item.stash.get(WATCH_MARKERS, None)
+    if markers is None:
+        yield
+    elif (watch := item.stash.get(WATCH, None)) is not None:  # the fixture compile_watch opened it
+        yield
+        _judge(item, markers, watch)
+    else:
+        from pytest_diffopt.collection.watching import watched
+
+        with watched() as watch:
+            yield
+        _judge(item, markers, watch)
+
+
+def _judge(item: pytest.Item, markers: WatchMarkers, watch: CompileWatch) -> None:
+    if getattr(item, "_excinfo", None):  # a unittest.TestCase keeps its failure until the report is made
+        return
+    from pytest_diffopt.collection.watching import verdict_on_test
+
+    if failure := verdict_on_test(item.name, markers, watch.record):
+        pytest.fail(failure, pytrace=False)
+
+
+def tidied(item: pytest.Item, report: pytest.TestReport) -> pytest.TestReport:
+    """The report of an item: a skip of ours at the item's place, without torch's trace in its log."""
+    if report.skipped and (reason := item.stash.get(_SKIPPED, None)) is not None:
+        path, line, _ = item.reportinfo()
+        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {reason}")
+    if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or _is_about_a_recipe(item)):
+        report.sections = [(title, kept) for title, text in report.sections if (kept := _without_trace(title, text))]
+    return report
+
+
+def _is_about_a_recipe(item: pytest.Item) -> bool:
+    return any(name == RECIPE_PROPERTY for name, _ in item.user_properties)
+
+
+def _without_trace(title: str, text: str) -> str:
+    """A captured log without the records of torch.__trace: hundreds of lines with no message."""
+    if not title.startswith("Captured log"):
+        return text
+    return "\n".join(line for line in text.splitlines() if " torch.__trace:" not in line)

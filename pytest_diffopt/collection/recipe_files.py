@@ -1,0 +1,204 @@
+"""Recipe files become test items: ``FILE::RECIPE::CHECK``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_diffopt.checks.verdict import Verdict
+from pytest_diffopt.collection.marked_tests import skip
+from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
+from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
+
+if TYPE_CHECKING:
+    from pytest_diffopt.observation.observation import Observation
+    from pytest_diffopt.recipe import Recipe
+
+    _Node = pytest.Collector | pytest.Item  # whose conftest files' hooks are asked
+
+SUFFIX = ".recipes.toml"
+
+
+class VerdictFailure(Exception):
+    """Carries a failed verdict from a check to its report."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.text)
+
+
+class RecipeFile(pytest.File):
+    """A ``*.recipes.toml`` file."""
+
+    def collect(self) -> Iterator[RecipeNode]:
+        text = self.path.read_bytes().decode("utf-8", "replace")
+        for name, recipe in read_recipes(self.path, self).items():
+            yield RecipeNode.from_parent(self, name=name, recipe=recipe, line=line_of(text, name))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]
+        if isinstance(excinfo.value, DiffoptError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo)
+
+
+class RecipeNode(pytest.Collector):
+    """One recipe of a file: a check is an item of it.
+
+    Args:
+        recipe: the recipe.
+        line: of its table in the file, from 0.
+    """
+
+    def __init__(self, *, recipe: Recipe, line: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.line = line
+        self.extra_keyword_matches.update(keywords_of(recipe))
+        if self.config.pluginmanager.has_plugin("xdist"):
+            # one observation serves all checks: with --dist loadgroup they stay on one worker
+            self.add_marker(pytest.mark.xdist_group(self.nodeid))
+
+    def collect(self) -> Iterator[CheckItem]:
+        from pytest_diffopt.checks import checks_for
+
+        for check in checks_for(self.recipe):
+            yield CheckItem.from_parent(self, name=check, recipe=self.recipe, line=self.line)
+
+
+class CheckItem(pytest.Item):
+    """One check of one recipe."""
+
+    def __init__(self, *, recipe: Recipe, line: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.line = line
+        assert self.parent is not None
+        self._source = self.parent.nodeid
+        self.user_properties.append(
+            (RECIPE_PROPERTY, {"source": self._source, "recipe": recipe.name, "check": self.name})
+        )
+
+    def runtest(self) -> None:
+        verdict, observation = self._judge()
+        self._write_down(verdict, observation)
+        if observation is not None:
+            self.ihook.pytest_diffopt_verdict(verdict=verdict, observation=observation)
+        if verdict.status == "failed" or (verdict.status == "unverified" and self.config.stash[SETTINGS].strict):
+            raise VerdictFailure(verdict)
+        if verdict.status == "unverified":
+            skip(self, f"unverified: {verdict.sentence}")
+
+    def _judge(self) -> tuple[Verdict, Observation | None]:
+        with self.config.stash[PROGRESS].running():
+            try:
+                session = session_of(self.config)
+                return session.judge(self.recipe, self.name), session.observe(self.recipe)
+            except UnverifiableError as error:
+                return Verdict(self.name, self.recipe.name, "unverified", str(error)), None
+            except DiffoptError as error:
+                return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None
+
+    def _write_down(self, verdict: Verdict, observation: Observation | None) -> None:
+        self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
+        self.user_properties.append((ROW_PROPERTY, row_of(observation, [verdict], source=self._source)))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, VerdictFailure):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, self.line, f"{self.recipe.name} · {self.name}"
+
+
+def _told(error: BaseException) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """An error as a verdict's sentence, figures and evidence; its causes are the evidence."""
+    first, *rest = str(error).splitlines() or [""]
+    evidence = [line.strip() for line in rest]
+    cause = error.__cause__
+    while cause is not None:
+        evidence.append(f"caused by {type(cause).__name__}: {cause}".splitlines()[0])
+        cause = cause.__cause__
+    return f"{type(error).__name__}: {first}", {}, tuple(evidence)
+
+
+def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
+    """The recipes of a file, as the hook `pytest_diffopt_modify_recipe` leaves them.
+
+    Raises:
+        RecipeError: with every mistake in the file, and all that this installation lacks for it.
+    """
+    from pytest_diffopt.installation import problems_with_installation
+    from pytest_diffopt.recipe import Recipe
+    from pytest_diffopt.recipe_loading import load_recipes
+
+    registry_of(node.config)  # a recipe may name a replica that a conftest file registers
+    recipes: dict[str, Recipe] = {}
+    problems: list[Problem] = []
+    for name, recipe in load_recipes(path).items():
+        changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
+        if changed is not None and not isinstance(changed, Recipe):
+            found = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
+            problems.append(Problem(f"recipe.{name}", found, "it returns a Recipe, or None to leave it as it is"))
+            continue
+        recipes[name] = recipe if changed is None else changed
+        problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}")
+    if problems:
+        raise RecipeError(problems, _shown_path(path, node.config))
+    return recipes
+
+
+def _shown_path(path: Path, config: pytest.Config) -> str:
+    root = config.rootpath
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def keywords_of(recipe: Recipe) -> set[str]:
+    """What ``-k`` selects a recipe by, besides its name: what it is made of."""
+    words = {"diffopt", recipe.name}
+    if isinstance(recipe.pipeline, str):
+        words.add(recipe.pipeline)
+    if recipe.quantization is not None:
+        words |= {"quantization", recipe.quantization.backend}
+    for compilation in recipe.compilation:
+        backend = compilation.backend
+        words |= {"compilation", compilation.scope, backend if isinstance(backend, str) else ""}
+    if recipe.offloading is not None:
+        words |= {"offloading", recipe.offloading.strategy}
+    return words - {""}
+
+
+def line_of(text: str, name: str) -> int:
+    """The line, from 0, of a recipe's table in a file; 0 where it is not written as a table header."""
+    quoted = "|".join((re.escape(name), re.escape(f'"{name}"'), re.escape(f"'{name}'")))
+    header = re.compile(rf"\s*\[\s*recipe\s*\.\s*(?:{quoted})\s*(?P<part>\.[^\]]*)?\]")
+    found = [
+        (match["part"] is not None, at) for at, line in enumerate(text.splitlines()) if (match := header.match(line))
+    ]
+    return min(found, default=(False, 0))[1]
+
+
+def recipes_named(named: Iterable[Any], node: _Node, beside: Path) -> list[Recipe]:
+    """The recipes that the marker `recipes` names: each object itself, each file all in it.
+
+    Raises:
+        RecipeError: a file is wrong, or is not there.
+    """
+    found: list[Recipe] = []
+    for one in named:
+        if hasattr(one, "content_hash"):
+            found.append(one)
+            continue
+        places = [beside / one, node.config.rootpath / one]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            missing = Problem(
+                "recipes", repr(str(one)), f"there is no such file in {places[0].parent} or {places[1].parent}"
+            )
+            raise RecipeError([missing], "the marker recipes")
+        found += read_recipes(path, node).values()
+    return found

@@ -1,0 +1,66 @@
+"""What one pytest process keeps: the settings, the accelerator, and the session of checks, made when first needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_diffopt.options import Settings
+from pytest_diffopt.report.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from pytest_diffopt.accelerators import Accelerator
+    from pytest_diffopt.checks.session import Session
+    from pytest_diffopt.replicas import Registry
+
+SETTINGS = pytest.StashKey[Settings]()
+PROGRESS = pytest.StashKey[ProgressLine]()
+SESSION: pytest.StashKey[Session] = pytest.StashKey()
+ACCELERATOR: pytest.StashKey[Accelerator] = pytest.StashKey()
+REGISTRY: pytest.StashKey[Registry] = pytest.StashKey()
+
+
+def accelerator_of(config: pytest.Config) -> Accelerator:
+    """The accelerator in use. Imports torch. Raises DiffoptError where this machine lacks what was asked for."""
+    if ACCELERATOR not in config.stash:
+        from pytest_diffopt.accelerators import select
+
+        config.stash[ACCELERATOR] = select(config.stash[SETTINGS].device)
+    return config.stash[ACCELERATOR]
+
+
+def session_of(config: pytest.Config) -> Session:
+    """The session of checks of this process. Imports torch."""
+    if SESSION not in config.stash:
+        from pytest_diffopt.checks.session import Session
+
+        registry_of(config)  # recipes may name what conftest files register
+        settings = config.stash[SETTINGS]
+        config.stash[SESSION] = Session(
+            accelerator_of(config),
+            allow_hub=settings.hub,
+            compile_backend=settings.compile_backend,
+            progress=config.stash[PROGRESS].say,
+        )
+    return config.stash[SESSION]
+
+
+def registry_of(config: pytest.Config) -> Registry:
+    """The registry of replica families, with those that plugins and conftest files added."""
+    if REGISTRY not in config.stash:
+        from pytest_diffopt.replicas import registry
+
+        config.hook.pytest_diffopt_register_replicas(registry=registry)
+        config.stash[REGISTRY] = registry
+    return config.stash[REGISTRY]
+
+
+def release(config: pytest.Config) -> None:
+    """Let go of all that the session of checks holds, and of the terminal."""
+    if SESSION in config.stash:
+        session = config.stash[SESSION]
+        del config.stash[SESSION]
+        session.release()
+    if PROGRESS in config.stash:
+        config.stash[PROGRESS].close()

@@ -1,0 +1,155 @@
+"""The limits that a recipe promises, derived from its parts and overridable."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Annotated, Any, Protocol, TypeVar
+
+from pydantic import PlainValidator
+from pydantic.dataclasses import dataclass
+
+from pytest_diffopt.errors import Problem
+from pytest_diffopt.part import (
+    CONFIG,
+    Names,
+    Natural,
+    Part,
+    Positive,
+    PositiveNumber,
+    refused,
+    shown,
+    with_every_mistake,
+)
+
+__all__ = ["Contract", "Limits", "derive", "parse_bytes"]
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BYTES_ALLOWED = f"write bytes as an int, or a number with one of: {', '.join(_UNITS)}"
+
+
+def parse_bytes(value: str | int, name: str = "max_memory") -> int:
+    """``"12GiB"`` or ``"1.5 GB"`` in bytes (KB, MB, … are 1000s; KiB, MiB, … are 1024s). An int already is bytes.
+
+    Raises:
+        ValueError: for anything else, less than one byte included; ``name`` says what was wrong.
+    """
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        match = re.fullmatch(rf"\s*([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)})\s*", value)
+        size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ValueError(str(Problem(name, shown(value), _BYTES_ALLOWED)))
+    return size
+
+
+def _memory(value: Any) -> Any:
+    try:
+        parse_bytes(value)
+    except ValueError:
+        raise refused(value, _BYTES_ALLOWED) from None
+    return value
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Contract(Part):
+    """The limits that a recipe promises. None means: derived from the recipe's parts (see `derive`).
+
+    Args:
+        max_graph_breaks: breaks allowed outside ``allowed_break_files``.
+        allowed_break_files: path suffixes or file names where breaks are allowed, e.g. ``"accelerate/hooks.py"``.
+        max_recompiles: total over all calls, beyond the first compile of each code object.
+        max_recompiles_after_warmup: total over the calls that follow the warm-up.
+        warmup_calls: how many calls are the warm-up.
+        parity_multiple: how many times the measured floor the output may differ from the reference's.
+        max_memory_ratio: peak bytes of the call, against the reference without offloading.
+        max_memory: peak bytes of the call, as an int or like ``"12GiB"``.
+
+    Raises:
+        RecipeError: with every wrong field.
+    """
+
+    max_graph_breaks: Natural | None = None
+    allowed_break_files: Names | None = None
+    max_recompiles: Natural | None = None
+    max_recompiles_after_warmup: Natural | None = None
+    warmup_calls: Positive | None = None
+    parity_multiple: PositiveNumber | None = None
+    max_memory_ratio: PositiveNumber | None = None
+    max_memory: Annotated[str | int, PlainValidator(_memory)] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """A contract with everything resolved.
+
+    Args:
+        max_graph_breaks: breaks allowed outside ``allowed_break_files``.
+        allowed_break_files: path suffixes or file names where breaks are not counted.
+        warmup_calls: how many calls are the warm-up; at least 1.
+        max_recompiles: total allowed beyond the first compile of each code object; None: no limit on the total.
+        max_recompiles_after_warmup: total allowed after the warm-up.
+        recompiles_per_code: allowed for each code object during warm-up; None: only Dynamo's recompile limit bounds it.
+        parity_multiple: how many times the measured floor the output may differ from the reference's.
+        max_memory_ratio: peak against the reference without offloading; None: no promise.
+        max_memory_bytes: peak in bytes; None: no promise.
+    """
+
+    max_graph_breaks: int
+    allowed_break_files: tuple[str, ...]
+    warmup_calls: int
+    max_recompiles: int | None
+    max_recompiles_after_warmup: int
+    recompiles_per_code: int | None
+    parity_multiple: float
+    max_memory_ratio: float | None
+    max_memory_bytes: int | None
+
+
+class CompiledPart(Protocol):
+    """What `derive` needs of a compilation."""
+
+    @property
+    def component(self) -> str: ...
+
+
+# Where accelerate's and diffusers' offloading hooks break the graph on purpose.
+OFFLOADING_HOOK_FILES = ("accelerate/hooks.py", "diffusers/hooks/hooks.py", "diffusers/hooks/group_offloading.py")
+
+
+def derive(contract: Contract, *, compilations: Sequence[CompiledPart], offloading: object | None) -> Limits:
+    """The limits of a recipe with these parts; what the contract's author gave wins.
+
+    Args:
+        contract: the author's own limits.
+        compilations: the recipe's; empty when nothing is compiled.
+        offloading: the recipe's, or None. Hooks specialize the code that they wrap, so they need a longer warm-up.
+    """
+    offloaded = offloading is not None
+    per_code: int | None = None
+    if contract.max_recompiles is None and not offloaded:
+        per_code = 1 if compilations else 0  # Dynamo recompiles once to make a shape dynamic
+    return Limits(
+        max_graph_breaks=_given(contract.max_graph_breaks, 0),
+        allowed_break_files=_given(contract.allowed_break_files, OFFLOADING_HOOK_FILES if offloaded else ()),
+        warmup_calls=_given(contract.warmup_calls, 2 if offloaded else 1),
+        max_recompiles=contract.max_recompiles,
+        max_recompiles_after_warmup=_given(contract.max_recompiles_after_warmup, _given(contract.max_recompiles, 0)),
+        recompiles_per_code=per_code,
+        parity_multiple=_given(contract.parity_multiple, 3.0),
+        max_memory_ratio=contract.max_memory_ratio,
+        max_memory_bytes=None if contract.max_memory is None else parse_bytes(contract.max_memory),
+    )
+
+
+Value = TypeVar("Value")
+
+
+def _given(value: Value | None, otherwise: Value) -> Value:
+    return otherwise if value is None else value

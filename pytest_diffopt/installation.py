@@ -1,0 +1,139 @@
+"""What only an installation can tell of a recipe: whether its imports, components, backends and settings are there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_diffopt.errors import Problem
+from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
+from pytest_diffopt.recipe import DynamoValue, Recipe, is_reference
+from pytest_diffopt.replicas import Family, registry
+
+__all__ = ["problems_with_installation"]
+
+
+def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_hub: bool = False) -> list[Problem]:
+    """The mistakes that show only with the recipe's libraries at hand: its imports, components, backends and settings.
+
+    Imports what the recipe names; imports torch if the recipe compiles by a backend's name or sets Dynamo, and leaves
+    those two unchecked where torch is not installed. Nothing is built: components are checked where the pipeline is a
+    replica's, whose family names them.
+
+    Args:
+        recipe: a valid recipe.
+        prefix: what the paths begin with, e.g. ``"recipe.flux"``.
+        allow_hub: whether a hub id means the hub's own pipeline, and not the replica that stands for it.
+    """
+    mistakes: list[Mistake] = []
+    if isinstance(recipe.pipeline, str) and is_reference(recipe.pipeline):
+        mistakes += _reference_mistakes(("pipeline",), recipe.pipeline)
+    if (family := _replica(recipe.pipeline, allow_hub)) is not None:
+        mistakes += _component_mistakes(recipe, family.components)
+    torch_installed = importlib.util.find_spec("torch") is not None
+    for index, compilation in enumerate(recipe.compilation):
+        location = (*_compilation_at(recipe, index), "backend")
+        if not isinstance(compilation.backend, str):
+            continue
+        if ":" in compilation.backend:
+            mistakes += _reference_mistakes(location, compilation.backend)
+        elif torch_installed and compilation.backend != "inductor":
+            mistakes += _backend_mistakes(location, compilation.backend)
+    if torch_installed and recipe.dynamo:
+        mistakes += _dynamo_mistakes(recipe.dynamo)
+    return [Problem(f"{prefix}.{path_of(m.location)}", m.found, m.allowed) for m in mistakes]
+
+
+def _compilation_at(recipe: Recipe, index: int) -> Location:
+    return ("compilation",) if len(recipe.compilation) == 1 else ("compilation", index)
+
+
+def _replica(pipeline: object, allow_hub: bool) -> Family | None:
+    """The family whose replica will run, by the order in which `replicas.resolution.resolve` looks; else None."""
+    if not isinstance(pipeline, str):
+        return None
+    means_another = "/" in pipeline and (allow_hub or Path(pipeline).expanduser().is_dir())
+    return None if means_another else registry.find(pipeline)
+
+
+def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator[Mistake]:
+    named: list[tuple[Location, Iterable[str]]] = []
+    if recipe.quantization is not None:
+        named.append((("quantization", "components"), recipe.quantization.components or ()))
+    for index, compilation in enumerate(recipe.compilation):
+        named.append(((*_compilation_at(recipe, index), "component"), (compilation.component,)))
+    if recipe.offloading is not None:
+        named.append((("offloading", "components"), recipe.offloading.components or ()))
+    for location, names in named:
+        for name in names:
+            if name not in components:
+                allowed = f"{did_you_mean(name, components)}the pipeline has: {', '.join(sorted(components))}"
+                yield Mistake(location, repr(name), allowed)
+
+
+def _reference_mistakes(location: Location, reference: str) -> Iterator[Mistake]:
+    module, _, attributes = reference.partition(":")
+    try:
+        thing: Any = importlib.import_module(module)
+    except Exception as error:  # the module is the author's: its import may raise anything
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            yield Mistake(location, repr(reference), f"there is no module {missing!r} on sys.path")
+        else:
+            yield Mistake(location, repr(reference), f"importing {module!r} raised {type(error).__name__}: {error}")
+        return
+    holder = module
+    for attribute in attributes.split("."):
+        if not hasattr(thing, attribute):
+            near = did_you_mean(attribute, dir(thing)).strip()
+            yield Mistake(location, repr(reference), f"{holder!r} has no attribute {attribute!r}{near and '; '}{near}")
+            return
+        thing, holder = getattr(thing, attribute), f"{holder}.{attribute}"
+    if not callable(thing):
+        yield Mistake(location, repr(reference), f"{holder!r} is of type {type(thing).__name__}, which is not callable")
+
+
+def _backend_mistakes(location: Location, backend: str) -> Iterator[Mistake]:
+    import torch._dynamo
+
+    known = torch._dynamo.list_backends(exclude_tags=None)
+    if backend not in known:
+        allowed = f"{did_you_mean(backend, known)}allowed: {', '.join(known)}, or 'package.module:function'"
+        yield Mistake(location, repr(backend), allowed)
+
+
+def _dynamo_mistakes(settings: Mapping[str, DynamoValue]) -> Iterator[Mistake]:
+    import torch
+    import torch._dynamo.config as dynamo_config
+
+    config: Any = dynamo_config
+    known = [name for name in config._config if not name.startswith("_") and name != "TYPE_CHECKING"]
+    for name, value in settings.items():
+        if name not in known:
+            allowed = f"{did_you_mean(name, known, 3)}a setting of torch._dynamo.config of torch {torch.__version__}"
+            yield Mistake(("dynamo", name), "an unknown setting", allowed)
+            continue
+        # A setting without an annotation, and torch before 2.6, have only the type of the value.
+        declared = config.get_type(name) if hasattr(config, "get_type") else type(getattr(config, name))
+        undeclared = declared is type(None)  # the type of a default of None
+        if not undeclared and not _accepts(declared, value):
+            text = declared.__name__ if isinstance(declared, type) else str(declared).replace("typing.", "")
+            yield Mistake(("dynamo", name), shown(value), f"a value of type {text}")
+
+
+def _accepts(declared: Any, value: object) -> bool:
+    kind, arguments = typing.get_origin(declared) or declared, typing.get_args(declared)
+    if kind is Literal:
+        return value in arguments
+    if kind in (typing.Union, types.UnionType):
+        return any(_accepts(argument, value) for argument in arguments)
+    if isinstance(value, bool):
+        return kind in (bool, Any)
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, kind) if isinstance(kind, type) else kind is Any

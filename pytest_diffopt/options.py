@@ -1,0 +1,149 @@
+"""Every command-line and ini option, one row each, and the frozen :class:`Settings` that they become.
+
+The command line's default is None, so that the ini option of the same name, with underscores, holds the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options say, parsed once; a field a row of :data:`OPTIONS`.
+
+    Attributes:
+        device: kind of the accelerator, or ``auto``: the first real one there is, else the host.
+        compile_backend: overrides the compile backend of every recipe; None leaves it to the recipe.
+        hub: whether pipelines may be downloaded from the hub.
+        strict: whether unverified verdicts and skipped recipes fail the run.
+    """
+
+    device: str = "auto"
+    compile_backend: str | None = None
+    hub: bool = False
+    strict: bool = False
+
+    @property
+    def header(self) -> str:
+        """The settings in the line that pytest prints at the start."""
+        backend = self.compile_backend or "as the recipe says"
+        parts = [f"device {self.device}", f"compile backend {backend}"]
+        parts += ["hub allowed"] if self.hub else []
+        parts += ["strict"] if self.strict else []
+        return f"diffopt: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Option:
+    """One option.
+
+    Args:
+        name: of the field in :class:`Settings`.
+        help: one line for ``--help``.
+        default: held by the ini option.
+        takes: what a value may be, for the error that rejects another one.
+        parse: text to value; raises ValueError where the text is wrong. None makes the option a flag.
+        metavar: how the value is called in ``--help``.
+    """
+
+    name: str
+    help: str
+    default: Any
+    takes: str = "true or false"
+    parse: Callable[[str], Any] | None = None
+    metavar: str = ""
+
+    @property
+    def flag(self) -> str:
+        return f"--diffopt-{self.name.replace('_', '-')}"
+
+    @property
+    def ini(self) -> str:
+        return f"diffopt_{self.name}"
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+def _backend(text: str) -> str | None:
+    if text != text.strip() or any(character.isspace() for character in text):
+        raise ValueError(text)
+    return text or None
+
+
+# accelerators.KINDS, written again (a test compares them): importing it would slow every start of pytest
+_DEVICES = ("auto", "cuda", "xpu", "mps", "cpu")
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "device",
+        "the device that recipes run on; auto takes the first real one there is, else the host",
+        default="auto",
+        takes=f"one of: {', '.join(_DEVICES)}",
+        parse=_one_of(*_DEVICES),
+        metavar="|".join(_DEVICES),
+    ),
+    Option(
+        "compile_backend",
+        "the torch.compile backend of every recipe, whatever the recipe says; by default what the recipe says",
+        default="",
+        takes='a torch.compile backend, e.g. "inductor", "aot_eager", "eager"',
+        parse=_backend,
+        metavar="NAME",
+    ),
+    Option("hub", "allow downloads from the hub; by default a pipeline must be local or a replica", default=False),
+    Option("strict", "unverified verdicts and skipped recipes fail the run", default=False),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare every row of :data:`OPTIONS`, on the command line and in the ini file."""
+    group = parser.getgroup("diffopt", "optimization recipes of diffusion pipelines")
+    for option in OPTIONS:
+        shown = "false" if option.default is False else option.default
+        default = f" (ini: {option.ini}{f', default: {shown}' if shown else ''})"
+        if option.parse is None:
+            group.addoption(option.flag, dest=option.ini, action="store_true", default=None, help=option.help + default)
+            parser.addini(option.ini, option.help, type="bool", default=option.default)
+        else:
+            group.addoption(
+                option.flag, dest=option.ini, default=None, metavar=option.metavar, help=option.help + default
+            )
+            parser.addini(option.ini, option.help, type="string", default=option.default)
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """The options of a run. Raises :class:`pytest.UsageError` naming a wrong one, what was found and what may be."""
+    return Settings(**{option.name: _read(option, config) for option in OPTIONS})
+
+
+def _read(option: Option, config: pytest.Config) -> Any:
+    given = config.getoption(option.ini, default=None)
+    where = option.flag
+    if given is None:
+        where = option.ini
+        try:
+            given = config.getini(option.ini)
+        except (TypeError, ValueError, pytest.UsageError) as error:  # pytest's own words may not name the option
+            raise pytest.UsageError(f"{where}: {error}; it takes {option.takes}") from None
+    if option.parse is None:
+        return bool(given)
+    try:
+        return option.parse(given)
+    except ValueError:
+        raise _rejected(option, where, given) from None
+
+
+def _rejected(option: Option, where: str, found: object) -> pytest.UsageError:
+    return pytest.UsageError(f"{where}: found {found!r}; it takes {option.takes}")

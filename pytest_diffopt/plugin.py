@@ -1,0 +1,91 @@
+"""pytest's hooks, a few lines each. Loading this imports neither torch nor pydantic nor rich."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_diffopt import hookspec
+from pytest_diffopt.collection import marked_tests
+from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
+from pytest_diffopt.fixtures import accelerator, compile_watch, observation, quantized_pipeline, recipe
+from pytest_diffopt.options import add_options, read_settings
+from pytest_diffopt.report.progress import ProgressLine
+from pytest_diffopt.report.terminal import RecipeReport, status_of
+
+if TYPE_CHECKING:
+    from pytest_diffopt.collection.recipe_files import RecipeFile
+
+__all__ = ["accelerator", "compile_watch", "observation", "quantized_pipeline", "recipe"]
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspec)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    marked_tests.register_markers(config)
+    config.stash[SETTINGS] = read_settings(config)
+    config.stash[PROGRESS] = ProgressLine()
+    config.pluginmanager.register(RecipeReport(config.stash[SETTINGS]), "diffopt-report")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    release(config)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return config.stash[SETTINGS].header
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> RecipeFile | None:
+    if not file_path.name.endswith(".recipes.toml"):
+        return None
+    from pytest_diffopt.collection.recipe_files import RecipeFile
+
+    return RecipeFile.from_parent(parent, path=file_path)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked_tests.parametrize_recipes(metafunc)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    marked_tests.note_recipe(item)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marked_tests.set_up(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    with marked_tests.watching(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return marked_tests.tidied(item, (yield))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from pytest_diffopt.collection.scheduling import scheduler  # only xdist calls this, so it is there
+
+    return scheduler(config, log)
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> Any:
+    return status_of(report)

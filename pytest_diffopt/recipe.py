@@ -1,0 +1,719 @@
+"""Recipes: what to run, how it is made cheap, and what it promises; as Python objects and as plain data.
+
+Importing this module imports neither torch nor diffusers. Files of recipes are read in
+`pytest_diffopt.recipe_loading`; what only an installation can tell is in `pytest_diffopt.installation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
+
+from pytest_diffopt.contract import Contract
+from pytest_diffopt.errors import Problem, RecipeError
+from pytest_diffopt.part import (
+    CONFIG,
+    Bool,
+    FrozenDict,
+    Location,
+    Mistake,
+    Mistakes,
+    Names,
+    Natural,
+    Part,
+    Positive,
+    Text,
+    array_bytes,
+    content_of,
+    did_you_mean,
+    imported,
+    is_torch,
+    name_of,
+    one_or_many,
+    plain,
+    problems_of,
+    refused,
+    shown,
+    unknown_key,
+    with_every_mistake,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Call", "Compilation", "Contract", "Offloading", "Quantization", "Recipe"]
+
+QuantizationBackend = Literal["bitsandbytes_4bit", "bitsandbytes_8bit"]
+Scope = Literal["module", "repeated_blocks"]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+MemoryFormat = Literal["contiguous_format", "channels_last", "channels_last_3d"]
+Strategy = Literal["model", "sequential", "group"]
+OffloadType = Literal["block_level", "leaf_level"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+DynamoValue = bool | int | float | str | None
+Strings = str | Sequence[str]
+
+PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
+
+
+# Field types.
+
+
+def _dtype_name(value: object) -> object:
+    text = str(value) if is_torch(value, "dtype") else value
+    return text.removeprefix("torch.") if isinstance(text, str) else text
+
+
+def _frozen(value: object, mistakes: list[Mistake], location: Location = ()) -> Any:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                mistakes.append(Mistake(location, f"the key {shown(key)}", "keys are strings"))
+        return FrozenDict({k: _frozen(v, mistakes, (*location, str(k))) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        held = [_frozen(v, mistakes, (*location, i)) for i, v in enumerate(value)]
+        return tuple(held) if isinstance(value, tuple) else held
+    if isinstance(value, datetime.date | datetime.time):
+        mistakes.append(Mistake(location, shown(value), "write a date or time as a string"))
+    return value
+
+
+def _frozen_table(value: object) -> FrozenDict:
+    if not isinstance(value, Mapping):
+        raise refused(value, "a table")
+    mistakes: list[Mistake] = []
+    frozen: FrozenDict = _frozen(value, mistakes)
+    if mistakes:
+        raise Mistakes(mistakes)
+    return frozen
+
+
+def is_reference(text: str) -> bool:
+    """Whether it is ``"package.module:attribute"``, both dotted identifiers."""
+    words = text.split(":")
+    return len(words) == 2 and all(step.isidentifier() for word in words for step in word.split("."))
+
+
+def _pipeline(value: Any) -> Any:
+    if isinstance(value, str):
+        drive = re.match(r"[A-Za-z]:[\\/]", value)
+        if value.strip() and (":" not in value or drive or is_reference(value)):
+            return value
+        raise refused(
+            value, 'a replica\'s name, a local directory, a hub id, or "package.module:factory" (identifiers both)'
+        )
+    if any((c.__module__, c.__name__) == ("torch.nn.modules.module", "Module") for c in type(value).__mro__):
+        # A module that was run once is compiled, hooked or moved; each observation needs a fresh one.
+        raise refused(type(value), "a callable that makes the module anew, e.g. lambda: MyModel()")
+    if not callable(value):
+        raise refused(value, "a string, or a callable that returns a pipeline or a torch.nn.Module")
+    return value
+
+
+def _compile_backend(value: Any) -> Any:
+    named = isinstance(value, str) and value.strip() != "" and (":" not in value or is_reference(value))
+    if not named and (isinstance(value, str) or not callable(value)):
+        raise refused(value, 'a name of torch._dynamo.list_backends(), "package.module:function", or a callable')
+    return value
+
+
+def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
+    allowed = "(height, width) or (height, width, frames), positive ints; or a list of these"
+    if not isinstance(value, list | tuple) or not value:
+        raise refused(value, allowed)
+    alone = not any(isinstance(size, list | tuple) for size in value)
+    sizes = [value] if alone else value
+    mistakes = []
+    for index, size in enumerate(sizes):
+        whole = isinstance(size, list | tuple) and all(type(side) is int and side > 0 for side in size)
+        if not whole or len(size) not in (2, 3):
+            mistakes.append(Mistake(() if alone else (index,), shown(size), allowed))
+    if mistakes:
+        raise Mistakes(mistakes)
+    return tuple(tuple(size) for size in sizes)
+
+
+def _inputs(value: Any) -> Any:
+    allowed = "a table of keyword arguments, a list of these (one a call, in turn), or a callable that makes one"
+    if callable(value):
+        return value
+    tables = (value,) if isinstance(value, Mapping) else value
+    if not isinstance(tables, list | tuple) or not tables:
+        raise refused(value, allowed)
+    mistakes: list[Mistake] = []
+    for index, table in enumerate(tables):
+        if not isinstance(table, Mapping):
+            mistakes.append(Mistake((index,), shown(table), allowed))
+    frozen = tuple(_frozen(table, mistakes, (index,)) for index, table in enumerate(tables))
+    if mistakes:
+        raise Mistakes(mistakes)
+    return frozen
+
+
+SomeNames = Annotated[
+    tuple[Text, ...], one_or_many("a component, or a list of at least one; leave it out for all", str, at_least=1)
+]
+Table = Annotated[Mapping[str, Any], PlainValidator(_frozen_table)]
+
+
+# Quantization.
+
+
+def _one_of(*words: str, prepare: Callable[[object], object] = lambda value: value) -> Callable[[Any], Any]:
+    def rule(value: object) -> object:
+        prepared = prepare(value)
+        if prepared not in words:
+            raise refused(value, f"{did_you_mean(prepared, words)}allowed: {', '.join(map(repr, words))}")
+        return prepared
+
+    return rule
+
+
+def _true_or_false(value: object) -> object:
+    if not isinstance(value, bool):
+        raise refused(value, "true or false")
+    return value
+
+
+def _true(value: object) -> object:
+    if value is not True:
+        raise refused(value, "true, or leave it out: the backend implies it")
+    return value
+
+
+def _threshold(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise refused(value, "a finite number >= 0")
+    return float(value)  # transformers refuses an int here
+
+
+def _list_of_names(value: object) -> object:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
+        raise refused(value, "a list of strings")
+    return list(value)  # transformers refuses a tuple here
+
+
+_QUANTIZATION_KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "bitsandbytes_4bit": {
+        "load_in_4bit": _true,
+        "bnb_4bit_quant_type": _one_of("nf4", "fp4"),
+        "bnb_4bit_compute_dtype": _one_of("float32", "float16", "bfloat16", prepare=_dtype_name),
+        "bnb_4bit_use_double_quant": _true_or_false,
+        "bnb_4bit_quant_storage": _one_of(
+            "uint8", "int8", "float16", "bfloat16", "float32", "float64", prepare=_dtype_name
+        ),
+    },
+    "bitsandbytes_8bit": {
+        "load_in_8bit": _true,
+        "llm_int8_threshold": _threshold,
+        "llm_int8_skip_modules": _list_of_names,
+        "llm_int8_enable_fp32_cpu_offload": _true_or_false,
+        "llm_int8_has_fp16_weight": _true_or_false,
+    },
+}
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Quantization(Part):
+    """Which components' Linear layers are quantized, and how.
+
+    Args:
+        backend: ``"bitsandbytes_4bit"`` or ``"bitsandbytes_8bit"``.
+        components: their names; None for every component that has Linear layers.
+        kwargs: what the backend's config takes, e.g. ``{"bnb_4bit_quant_type": "nf4"}``. Dtypes are kept as their
+            names; ``load_in_4bit`` and ``load_in_8bit`` are accepted and left out, since the backend implies them.
+        skip_modules: names of modules inside the components that stay as they are.
+
+    Raises:
+        RecipeError: with every wrong field or key.
+    """
+
+    backend: QuantizationBackend
+    components: SomeNames | None = None
+    kwargs: Table = dataclasses.field(default_factory=FrozenDict)
+    skip_modules: Names = ()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            backend: QuantizationBackend,
+            components: Strings | None = None,
+            kwargs: Mapping[str, Any] = ...,
+            skip_modules: Strings = (),
+        ) -> None: ...
+
+    @field_validator("kwargs")
+    @classmethod
+    def _keys_of_the_backend(cls, kwargs: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        backend = info.data.get("backend")
+        if backend is None:
+            return kwargs
+        rules = _QUANTIZATION_KEYS[backend]
+        kept: dict[str, Any] = {}
+        mistakes: list[Mistake] = []
+        for key, value in kwargs.items():
+            if key in rules:
+                try:
+                    kept[key] = rules[key](value)
+                except Mistakes as error:
+                    mistakes += [m._replace(location=(key, *m.location)) for m in error.mistakes]
+                continue
+            mistake = unknown_key((), key, rules)
+            for other, others_rules in _QUANTIZATION_KEYS.items():
+                if key in others_rules:
+                    mistake = mistake._replace(
+                        found=f"a key of {other}", allowed=f"{backend} takes: {', '.join(rules)}"
+                    )
+            mistakes.append(mistake)
+        if mistakes:
+            raise Mistakes(mistakes)
+        return FrozenDict({key: value for key, value in kept.items() if rules[key] is not _true})
+
+
+# Compilation.
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Compilation(Part):
+    """How one component is compiled.
+
+    Args:
+        component: its name in the pipeline.
+        scope: ``"module"``, the whole component; ``"repeated_blocks"``, each repeated block class once.
+        backend: a name, ``"package.module:function"``, or a callable.
+        mode: as in torch.compile; not together with ``options``.
+        fullgraph: whether a graph break is an error.
+        dynamic: as in torch.compile.
+        memory_format: what the component is converted to before.
+        options: as in torch.compile.
+
+    Raises:
+        RecipeError: with every wrong field.
+    """
+
+    component: Text
+    scope: Scope = "module"
+    backend: Annotated[str | Callable[..., Any], PlainValidator(_compile_backend)] = "inductor"
+    mode: Mode | None = None
+    fullgraph: Bool = False
+    dynamic: Bool | None = None
+    memory_format: MemoryFormat | None = None
+    options: Table | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _not_with_a_mode(cls, options: Mapping[str, Any] | None, info: ValidationInfo) -> Mapping[str, Any] | None:
+        if options is not None and (mode := info.data.get("mode")) is not None:
+            allowed = "mode or options: torch.compile refuses both together"
+            raise Mistakes([Mistake((), f"options together with mode = {mode!r}", allowed)])
+        return options
+
+
+# Offloading.
+
+_HOOK_FUNCTIONS = {
+    "model": "accelerate's CpuOffload.pre_forward",
+    "sequential": "accelerate's AlignDevicesHook.pre_forward",
+    "group": "diffusers' ModuleGroup.onload_",
+}
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Offloading(Part):
+    """How components leave the accelerator while they are not needed.
+
+    Args:
+        strategy: ``"model"`` (whole components), ``"sequential"`` (each layer) or ``"group"`` (groups of layers).
+        components: their names; None for all.
+        offload_type: of strategy ``"group"``; None for its default, see `resolved_offload_type`.
+        num_blocks_per_group: of ``offload_type="block_level"``; None for 1.
+        use_stream: of strategy ``"group"``, as the rest: copy on a stream of its own.
+        record_stream: needs ``use_stream``.
+        non_blocking: copy without waiting.
+        low_cpu_mem_usage: pin memory on the fly; needs ``use_stream``.
+        offload_to_disk_path: a directory.
+
+    Raises:
+        RecipeError: with every wrong field.
+    """
+
+    strategy: Strategy
+    components: SomeNames | None = None
+    offload_type: OffloadType | None = None
+    num_blocks_per_group: Positive | None = None
+    use_stream: Bool = False
+    record_stream: Bool = False
+    non_blocking: Bool = False
+    low_cpu_mem_usage: Bool = False
+    offload_to_disk_path: Text | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            strategy: Strategy,
+            components: Strings | None = None,
+            offload_type: OffloadType | None = None,
+            num_blocks_per_group: int | None = None,
+            use_stream: bool = False,
+            record_stream: bool = False,
+            non_blocking: bool = False,
+            low_cpu_mem_usage: bool = False,
+            offload_to_disk_path: str | None = None,
+        ) -> None: ...
+
+    @property
+    def resolved_offload_type(self) -> OffloadType | None:
+        """``offload_type``, or ``"leaf_level"`` if strategy ``"group"`` leaves it open; None for the other ones."""
+        return self.offload_type or ("leaf_level" if self.strategy == "group" else None)
+
+    @field_validator(
+        "offload_type",
+        "num_blocks_per_group",
+        "use_stream",
+        "record_stream",
+        "non_blocking",
+        "low_cpu_mem_usage",
+        "offload_to_disk_path",
+    )
+    @classmethod
+    def _only_where_it_means_something(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or value is False:
+            return value
+        strategy, field = info.data.get("strategy", "group"), info.field_name
+        if strategy != "group":
+            raise Mistakes([Mistake((), f"{value!r} with strategy = {strategy!r}", "only strategy = 'group' takes it")])
+        if field in ("record_stream", "low_cpu_mem_usage") and not info.data.get("use_stream", True):
+            raise Mistakes([Mistake((), f"{value!r} without use_stream", "it needs use_stream = true")])
+        if field == "num_blocks_per_group" and info.data.get("offload_type", "block_level") != "block_level":
+            found = f"{value!r} with offload_type = {info.data['offload_type'] or 'leaf_level'!r}"
+            raise Mistakes([Mistake((), found, "only offload_type = 'block_level' takes it")])
+        return value
+
+
+# Call.
+
+_PROMPT, _OTHER_PROMPT = "a small red cube on a table", "a lighthouse in the fog"
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Call(Part):
+    """What is run: how often, and with what. Calls are counted from 0; lists are taken in turn.
+
+    Args:
+        prompts: by default the first call is cold, the second is warm with the same prompt, the third has another.
+        sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels, one a call; None for the pipeline's own.
+        num_inference_steps: denoising steps a call.
+        calls: how many; None for as many as there are prompts, sizes or inputs, and at least 3.
+        seed: of the generator that each call gets.
+        kwargs: further keyword arguments of every call.
+        inputs: for a model, whose calls have no prompt: keyword arguments, one dict a call; or a callable that makes
+            them, given the call's number if it takes one. Tensors may have any shape.
+
+    Raises:
+        RecipeError: with every wrong field.
+    """
+
+    prompts: Annotated[
+        tuple[Annotated[str, Strict()], ...], one_or_many("a string, or a list of at least one", str, at_least=1)
+    ] = (_PROMPT, _PROMPT, _OTHER_PROMPT)
+    sizes: Annotated[tuple[tuple[int, ...], ...], PlainValidator(_sizes)] | None = None
+    num_inference_steps: Positive = 3
+    calls: Positive | None = None
+    seed: Natural = 0
+    kwargs: Table = dataclasses.field(default_factory=FrozenDict)
+    inputs: (
+        Annotated[tuple[Mapping[str, Any], ...] | Callable[..., Mapping[str, Any]], PlainValidator(_inputs)] | None
+    ) = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            prompts: Strings = ...,
+            sizes: Sequence[int] | Sequence[Sequence[int]] | None = None,
+            num_inference_steps: int = 3,
+            calls: int | None = None,
+            seed: int = 0,
+            kwargs: Mapping[str, Any] = ...,
+            inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Callable[..., Mapping[str, Any]] | None = None,
+        ) -> None: ...
+
+    @property
+    def count(self) -> int:
+        """How many calls are made."""
+        if self.calls is not None:
+            return self.calls
+        inputs = len(self.inputs) if isinstance(self.inputs, tuple) else 0
+        return max(3, len(self.prompts), len(self.sizes or ()), inputs)
+
+    def prompt(self, k: int) -> str:
+        """The prompt of call ``k``, counted from 0."""
+        return self.prompts[k % len(self.prompts)]
+
+    def size(self, k: int) -> tuple[int, ...] | None:
+        """``(height, width)`` or ``(height, width, frames)`` of call ``k``, from 0; None for the pipeline's own."""
+        return self.sizes[k % len(self.sizes)] if self.sizes else None
+
+    def model_inputs(self, k: int) -> dict[str, Any]:
+        """A new dict of keyword arguments for a model's call ``k``, counted from 0.
+
+        Raises:
+            RecipeError: there are no inputs, or the callable made something else than a dict.
+        """
+        made: object = self.inputs
+        if isinstance(self.inputs, tuple):
+            made = self.inputs[k % len(self.inputs)]
+        elif self.inputs is not None:
+            made = self.inputs(k) if _takes_one(self.inputs) else self.inputs()
+        if not isinstance(made, Mapping):
+            found = "nothing" if self.inputs is None else f"{shown(made)} for call {k}"
+            allowed = "a dict of the model's keyword arguments, a list of these, or a callable that makes one"
+            raise RecipeError([Problem("call.inputs", found, allowed)], "Call.model_inputs(...)")
+        return dict(made)
+
+
+def _takes_one(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature
+        return True
+    return True
+
+
+# The recipe.
+
+_NEW_DYNAMO_NAMES = {
+    "cache_size_limit": "recompile_limit",
+    "accumulated_cache_size_limit": "accumulated_recompile_limit",
+}
+OTHER_DYNAMO_NAME = _NEW_DYNAMO_NAMES | {new: old for old, new in _NEW_DYNAMO_NAMES.items()}
+"""The other name of a setting that has two."""
+
+
+def _name(value: Any) -> Any:
+    forbidden = isinstance(value, str) and any(mark in value for mark in ("::", "/", "[", "]"))
+    if not isinstance(value, str) or not value.strip() or forbidden or not value.isprintable():
+        raise refused(value, "a string that is not empty, on one line, without '::', '/', '[' or ']': it names a test")
+    return value
+
+
+def _dynamo(value: Any) -> FrozenDict:
+    given = _frozen_table(value)
+    mistakes: list[Mistake] = []
+    settings: dict[str, Any] = {}
+    for key, setting in given.items():
+        new = _NEW_DYNAMO_NAMES.get(key, key)
+        limit = new in _NEW_DYNAMO_NAMES.values()
+        if limit and (type(setting) is not int or setting < 1):
+            mistakes.append(Mistake((key,), shown(setting), "an int >= 1"))
+        elif setting is not None and not isinstance(setting, bool | int | float | str):
+            mistakes.append(Mistake((key,), shown(setting), "true, false, a number or a string"))
+        elif new != key and new in given and given[new] != setting:
+            allowed = f"only one of them: {key} is the old name of {new}"
+            mistakes.append(Mistake((key,), f"{shown(setting)} together with {new} = {shown(given[new])}", allowed))
+        settings[new] = setting
+    if mistakes:
+        raise Mistakes(mistakes)
+    return FrozenDict(settings)
+
+
+def _compilations(value: object) -> object:
+    return () if value is None else value
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class Recipe(Part):
+    """A pipeline, how it is made cheap, the calls to make, and what that promises. Frozen; equal and hashed by content.
+
+    Args:
+        name: names a test, so it is one line without ``::``, ``/``, ``[`` or ``]``.
+        pipeline: a replica's name, a local directory, a hub id, ``"package.module:factory"``, or a callable that
+            returns a pipeline or a ``torch.nn.Module``.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, or the torch.dtype; None: as the pipeline is built.
+        quantization: None for none. Each part may be given as a dict, as in TOML.
+        compilation: one, a list, or none.
+        offloading: None for none.
+        dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
+        call: what is run.
+        contract: limits; what it leaves open is derived from the parts.
+
+    Raises:
+        RecipeError: with every mistake in the recipe and its parts.
+    """
+
+    name: Annotated[str, PlainValidator(_name)]
+    pipeline: Annotated[str | Callable[..., Any], PlainValidator(_pipeline)]
+    dtype: Annotated[Dtype, BeforeValidator(_dtype_name)] | None = None
+    quantization: Quantization | None = None
+    compilation: Annotated[
+        tuple[Compilation, ...],
+        one_or_many("a table, or a list of tables", (Compilation, Mapping)),
+        BeforeValidator(_compilations),
+    ] = ()
+    offloading: Offloading | None = None
+    dynamo: Annotated[Mapping[str, DynamoValue], PlainValidator(_dynamo)] = dataclasses.field(
+        default_factory=FrozenDict
+    )
+    call: Call = Call()
+    contract: Contract = Contract()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            name: str,
+            pipeline: str | Callable[..., Any],
+            dtype: Any = None,
+            quantization: Quantization | Mapping[str, Any] | None = None,
+            compilation: Compilation | Mapping[str, Any] | Sequence[Compilation | Mapping[str, Any]] | None = (),
+            offloading: Offloading | Mapping[str, Any] | None = None,
+            dynamo: Mapping[str, DynamoValue] = ...,
+            call: Call | Mapping[str, Any] = ...,
+            contract: Contract | Mapping[str, Any] = ...,
+        ) -> None: ...
+
+    @field_validator("compilation")
+    @classmethod
+    def _each_component_once(cls, compilations: tuple[Compilation, ...]) -> tuple[Compilation, ...]:
+        mistakes = []
+        for index, compilation in enumerate(compilations):
+            first = next(i for i, other in enumerate(compilations) if other.component == compilation.component)
+            if first < index:
+                found = f"{compilation.component!r}, which compilation[{first}] compiles already"
+                mistakes.append(Mistake((index, "component"), found, "compile each component once"))
+        if mistakes:
+            raise Mistakes(mistakes)
+        return compilations
+
+    @field_validator("offloading")
+    @classmethod
+    def _no_hooks_in_one_graph(cls, offloading: Offloading | None, info: ValidationInfo) -> Offloading | None:
+        if offloading is None:
+            return None
+        mistakes = []
+        for index, compilation in enumerate(info.data.get("compilation", ())):
+            hooked = offloading.components is None or compilation.component in offloading.components
+            if compilation.fullgraph and compilation.scope == "module" and hooked:
+                found = f"true with scope = 'module' on {compilation.component!r}, "
+                found += f"which offloading strategy = {offloading.strategy!r} puts hooks on"
+                allowed = f"Dynamo refuses the torch.compiler.disable()d {_HOOK_FUNCTIONS[offloading.strategy]}: "
+                allowed += "write scope = 'repeated_blocks' with fullgraph, or fullgraph = false"
+                mistakes.append(Mistake(("..", "compilation", index, "fullgraph"), found, allowed))
+        if mistakes:
+            raise Mistakes(mistakes)
+        return offloading
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """SHA-256, in hex, of everything that changes what is observed: all but the name and the contract.
+
+        The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
+        objects count by identity.
+        """
+        observed = {field: value for field, value in self.given().items() if field not in ("name", "contract")}
+        return hashlib.sha256(content_of(observed).encode()).hexdigest()
+
+    def without(self, *parts: str) -> Self:
+        """The recipe without some of ``"compilation"``, ``"offloading"``, ``"quantization"`` and ``"dynamo"``.
+
+        Its name says so.
+
+        Raises:
+            RecipeError: a part that is none of these.
+        """
+        if mistakes := unknown_parts(parts):
+            raise RecipeError(problems_of(mistakes, ("without",)), "Recipe.without(...)")
+        if not parts:
+            return self
+        bare: dict[str, Any] = {"compilation": (), "offloading": None, "quantization": None, "dynamo": {}}
+        dropped = [part for part in PARTS_TO_DROP if part in parts]
+        name = f"{self.name} without {', '.join(dropped)}"
+        return self.replace(name=name, **{part: bare[part] for part in dropped})
+
+    def replace(self, **fields: Any) -> Self:
+        """Another recipe with these fields, validated as by the constructor."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(**{**kept, **fields})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The recipe of `to_dict`'s data.
+
+        Raises:
+            RecipeError: with every mistake in the data.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError([Problem("Recipe", shown(data), "a dict of its fields")], "Recipe.from_dict(...)")
+        return cls(**{str(key): value for key, value in data.items()})
+
+    def to_toml(self) -> str:
+        """A text with the one table ``[recipe.NAME]``, which `loads_recipes` turns into an equal recipe.
+
+        Raises:
+            RecipeError: for what TOML cannot hold: callables, tensors and other objects, and None inside a table.
+        """
+        import tomli_w
+
+        mistakes: list[Mistake] = []
+
+        def refuse(value: object, location: Location) -> None:
+            mistakes.append(Mistake(location, shown(value), _why_not_in_toml(value)))
+
+        fields = plain(self, refuse)
+        if not mistakes:
+            nulls = [location for location, value in _leaves(fields) if value is None]
+            mistakes = [Mistake(location, "None", "TOML has no null: leave the key out") for location in nulls]
+        if mistakes:
+            raise RecipeError(problems_of(mistakes), f"{self.name}.to_toml()")
+        del fields["name"]
+        if len(self.compilation) == 1:
+            (fields["compilation"],) = fields["compilation"]
+        return tomli_w.dumps({"recipe": {self.name: fields}})
+
+
+def unknown_parts(parts: Iterable[object]) -> list[Mistake]:
+    """A mistake for each that is none of `PARTS_TO_DROP`."""
+    allowed = f"allowed: {', '.join(map(repr, PARTS_TO_DROP))}"
+    return [
+        Mistake((), shown(part), did_you_mean(part, PARTS_TO_DROP) + allowed)
+        for part in parts
+        if part not in PARTS_TO_DROP
+    ]
+
+
+def _why_not_in_toml(value: object) -> str:
+    if array_bytes(value) is not None:
+        return "TOML holds no tensors: make them in a callable, and keep the recipe in Python"
+    if callable(value):
+        written = repr(name_of(value)) if imported(name_of(value)) is value else '"package.module:function"'
+        return f"TOML holds no callables: write {written}, which is imported when the recipe runs"
+    return "TOML holds strings, numbers, true, false, lists and tables"
+
+
+def _leaves(value: object, location: Location = ()) -> Iterator[tuple[Location, object]]:
+    if isinstance(value, dict):
+        for key, held in value.items():
+            yield from _leaves(held, (*location, key))
+    elif isinstance(value, list):
+        for index, held in enumerate(value):
+            yield from _leaves(held, (*location, index))
+    else:
+        yield location, value

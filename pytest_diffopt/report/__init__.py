@@ -1,0 +1,1 @@
+"""What is said of the recipes of a run: rows of figures, and how a terminal shows them."""

@@ -1,0 +1,88 @@
+"""The rows of the table of recipes: plain data that crosses processes in a report's ``user_properties``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.observation.observation import Observation
+
+RECIPE_PROPERTY = "diffopt_recipe"
+"""Which recipe an item runs: ``{"source", "recipe", "check"}``. It is there also where the item was skipped."""
+VERDICT_PROPERTY = "diffopt_verdict"
+"""A verdict, as :meth:`Verdict.to_dict` makes it."""
+ROW_PROPERTY = "diffopt_row"
+"""What :func:`row_of` makes."""
+
+Row = dict[str, Any]
+
+
+def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *, source: str = "") -> Row:
+    """The figures of one recipe, plain data; what is not known is None.
+
+    Args:
+        observation: of the recipe; None where there is none.
+        verdicts: those known, of the same recipe.
+        source: where the recipe stands, so that equal names in two files stay apart.
+
+    Returns:
+        ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``peak_bytes``, ``graphs``, ``breaks``,
+        ``recompiles``, ``required_tolerance``, and ``statuses``: check → status.
+    """
+    recipe = observation.name if observation is not None else next((v.recipe for v in verdicts), "")
+    required = (v.figures.get("required") for v in verdicts if v.check == "parity")
+    row: Row = {
+        "recipe": recipe,
+        "source": source,
+        "cold_seconds": None,
+        "warm_seconds": None,
+        "peak_bytes": None,
+        "graphs": None,
+        "breaks": None,
+        "recompiles": None,
+        "required_tolerance": next((value for value in required if isinstance(value, int | float)), None),
+        "statuses": {verdict.check: verdict.status for verdict in verdicts},
+    }
+    if observation is not None:
+        calls = [call for call in observation.calls if call.kind == "call"]
+        row |= {
+            "cold_seconds": calls[0].seconds if calls else None,
+            "warm_seconds": calls[-1].seconds if len(calls) > 1 else None,
+            "peak_bytes": observation.peak_bytes,
+            "graphs": observation.compiles.graphs,
+            "breaks": len(observation.compiles.graph_breaks),
+            "recompiles": len(observation.compiles.recompiles),
+        }
+    return row
+
+
+def merged(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """One row a recipe, in the order in which they came; later figures only fill what was not known."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        kept = found.setdefault((row["source"], row["recipe"]), {**row, "statuses": {}})
+        kept["statuses"] = {**kept["statuses"], **row["statuses"]}
+        for key, value in row.items():
+            if kept.get(key) is None:
+                kept[key] = value
+    return list(found.values())
+
+
+_WORDS = ("failed", "unverified", "skipped", "passed")
+
+
+def verdict_text(statuses: Mapping[str, str]) -> str:
+    """All verdicts of a recipe in a few words, the worst first: ``"1 failed: recompiles, 5 passed"``."""
+    parts = []
+    for word in _WORDS:
+        checks = [check for check, status in statuses.items() if status == word]
+        if checks:
+            parts.append(f"{len(checks)} {word}" + ("" if word == "passed" else f": {' '.join(checks)}"))
+    return ", ".join(parts) or "no verdict"
+
+
+def worst(statuses: Mapping[str, str]) -> str:
+    """The status that speaks for the recipe: one of failed, unverified, skipped, passed; ``""`` where there is none."""
+    return next((word for word in _WORDS if word in statuses.values()), "")

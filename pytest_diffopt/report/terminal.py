@@ -1,0 +1,160 @@
+"""The end of a run in the terminal: the table of recipes, what was not verified, and whether that fails the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from pytest_diffopt.options import Settings
+from pytest_diffopt.report.rows import (
+    RECIPE_PROPERTY,
+    ROW_PROPERTY,
+    VERDICT_PROPERTY,
+    Row,
+    merged,
+    row_of,
+    verdict_text,
+    worst,
+)
+
+_LOG_WIDTH = 160
+"""Columns of a table that goes to no terminal: a log does not wrap, and a file's reader scrolls."""
+
+
+class RecipeReport:
+    """Gathers what the reports of items carry, from this process or from pytest-xdist's workers, and prints it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.rows: list[Row] = []
+        self.unverified: list[tuple[str, str, str]] = []
+        self.skipped: list[tuple[str, str]] = []
+
+    # pytest's hooks
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.add(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.strict_line() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.rows:
+            return
+        terminalreporter.section("optimization recipes")
+        writer = terminalreporter.config.get_terminal_writer()
+        width = writer.fullwidth if terminalreporter.isatty else max(writer.fullwidth, _LOG_WIDTH)
+        for line in table_lines(merged(self.rows), width=width, color=writer.hasmarkup):
+            terminalreporter.write_line(line)
+        for line in self.summary_lines():
+            terminalreporter.write_line(line, yellow=True)
+        if line := self.strict_line():
+            terminalreporter.write_line(line, red=True, bold=True)
+
+    # what they delegate to
+
+    def add(self, report: pytest.TestReport) -> None:
+        """Take what an item's report carries; reports of other tests carry nothing."""
+        carried: dict[str, Any] = dict(report.user_properties) if report.user_properties else {}
+        about = carried.get(RECIPE_PROPERTY)
+        # an item counts once: at its call, or where its setup did not let it get there
+        if about is None or not (report.when == "call" or (report.when == "setup" and not report.passed)):
+            return
+        row = carried.get(ROW_PROPERTY) or {**row_of(None, source=about["source"]), "recipe": about["recipe"]}
+        verdict = carried.get(VERDICT_PROPERTY)
+        status = verdict["status"] if verdict else report.outcome
+        self.rows.append({**row, "statuses": {about["check"]: status}})
+        if status == "unverified":
+            self.unverified.append((about["recipe"], about["check"], verdict["sentence"] if verdict else ""))
+        if status == "skipped":
+            self.skipped.append((about["recipe"], about["check"]))
+
+    def summary_lines(self) -> list[str]:
+        """What was not verified, counted, and each with its sentence."""
+        if not self.unverified:
+            return []
+        lines = [f"{len(self.unverified)} unverified: nothing was judged there, so nothing passed"]
+        return lines + [f"  {recipe} · {check}: {sentence}" for recipe, check, sentence in self.unverified]
+
+    def strict_line(self) -> str:
+        """Why ``--diffopt-strict`` fails the run; empty where it does not."""
+        counts = [(len(self.unverified), "unverified"), (len(self.skipped), "skipped")]
+        found = " and ".join(f"{number} {word}" for number, word in counts if number)
+        return f"diffopt: --diffopt-strict fails this run: {found}" if found and self.settings.strict else ""
+
+
+def status_of(report: pytest.TestReport) -> tuple[str, str, tuple[str, Mapping[str, bool]]] | None:
+    """How pytest counts and shows an unverified verdict: in a category of its own, so that it looks like no pass."""
+    if report.when != "call" or not report.skipped:
+        return None
+    verdict = dict(report.user_properties).get(VERDICT_PROPERTY)
+    if not isinstance(verdict, dict) or verdict["status"] != "unverified":
+        return None
+    return "unverified", "u", ("UNVERIFIED", {"yellow": True})
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _latency(row: Row) -> str:
+    return f"{_seconds(row['cold_seconds'])} / {_seconds(row['warm_seconds'])}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+_COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "passed": "green"}
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("latency cold / warm (s)", _latency),
+    ("peak memory", lambda row: _bytes(row["peak_bytes"])),
+    ("graphs", lambda row: _number(row["graphs"])),
+    ("breaks", lambda row: _number(row["breaks"])),
+    ("recompiles", lambda row: _number(row["recompiles"])),
+    ("required tolerance", lambda row: _number(row["required_tolerance"])),
+)
+
+
+def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
+    """The table of recipes, a row each, in ``width`` columns. The peak has a column where it is known of any."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [row["recipe"] for row in rows]
+    columns = [c for c in _COLUMNS if c[0] != "peak memory" or any(row["peak_bytes"] is not None for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("recipe", overflow="fold")
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    table.add_column("verdict", overflow="fold")
+    for row in rows:
+        name = row["recipe"] if names.count(row["recipe"]) == 1 else row["source"] or row["recipe"]
+        verdict = Text(verdict_text(row["statuses"]), style=_COLORS.get(worst(row["statuses"]), ""))
+        table.add_row(Text(name), *(shown(row) for _, shown in columns), verdict)
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        width=width,
+        no_color=not color,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
+    )
+    console.print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]

@@ -1,0 +1,155 @@
+"""What only an installation can tell of a recipe: each thing that is missing is named, with what is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_diffopt import installation
+from pytest_diffopt.installation import problems_with_installation
+from pytest_diffopt.recipe import Compilation, Offloading, Quantization, Recipe
+from pytest_diffopt.replicas import Family, Registry
+
+
+def problems(*args: Any, **kwargs: Any) -> list[str]:
+    return [str(problem) for problem in problems_with_installation(Recipe("a", *args, **kwargs), prefix="recipe.a")]
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_factories.py").write_text("def make(): ...\nclass Nested:\n    def make(): ...\nnumber = 3\n")
+    (tmp_path / "broken_factories.py").write_text("raise RuntimeError('no network')\n")
+    (tmp_path / "needy_factories.py").write_text("import a_missing_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("some_factories:make", []),
+        ("some_factories:Nested.make", []),
+        ("no_factories:make", ["there is no module 'no_factories' on sys.path"]),
+        ("no_factories.deep:make", ["there is no module 'no_factories' on sys.path"]),
+        ("some_factories:mak", ["'some_factories' has no attribute 'mak'; did you mean 'make'?"]),
+        ("some_factories:zzz", ["'some_factories' has no attribute 'zzz'"]),
+        ("some_factories:Nested.zzz", ["'some_factories.Nested' has no attribute 'zzz'"]),
+        ("some_factories:number", ["'some_factories.number' is of type int, which is not callable"]),
+        ("broken_factories:make", ["importing 'broken_factories' raised RuntimeError: no network"]),
+        (
+            "needy_factories:make",
+            ["importing 'needy_factories' raised ModuleNotFoundError: No module named 'a_missing_dependency'"],
+        ),
+    ],
+)
+def test_a_factory_that_cannot_be_had_is_named_with_the_reason(reference: str, expected: list[str]) -> None:
+    assert problems(reference) == [f"recipe.a.pipeline: found {reference!r}; {reason}" for reason in expected]
+    compiled = problems("tiny", compilation={"component": "unet", "backend": reference})
+    assert compiled == [f"recipe.a.compilation.backend: found {reference!r}; {reason}" for reason in expected]
+
+
+def test_an_unknown_compile_backend_is_named() -> None:
+    pytest.importorskip("torch")
+    listed = [Compilation("unet"), Compilation("vae", backend="aot_eger")]
+    (mistake,) = problems("tiny", compilation=listed)
+    assert mistake.startswith("recipe.a.compilation[1].backend: found 'aot_eger'; did you mean 'aot_eager'? allowed: ")
+    assert "inductor" in mistake
+    assert problems("tiny", compilation=[Compilation("unet", backend="aot_eager"), Compilation("vae")]) == []
+
+
+def test_an_unknown_dynamo_setting_or_a_wrong_type_is_named() -> None:
+    torch = pytest.importorskip("torch")
+    settings_: dict[str, Any] = {
+        "recompile_limit": 8,
+        "capture_scalar_outputs": True,
+        "capture_scalar_output": True,
+        "verbose": 1,
+        "zzzzzz": 1,
+    }
+    near, wrong, unknown = problems("tiny", dynamo=settings_)
+    assert near.startswith(
+        "recipe.a.dynamo.capture_scalar_output: found an unknown setting; did you mean 'capture_scalar_outputs'"
+    )
+    assert wrong == "recipe.a.dynamo.verbose: found 1; a value of type bool"
+    assert unknown == (
+        "recipe.a.dynamo.zzzzzz: found an unknown setting; "
+        f"a setting of torch._dynamo.config of torch {torch.__version__}"
+    )
+
+
+def test_without_torch_only_imports_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    unchecked = {"compilation": {"component": "unet", "backend": "no"}, "dynamo": {"zzz": 1}}
+    assert problems("tiny", **unchecked) == []
+    assert len(problems("no_factories:make", **unchecked)) == 1
+
+
+THERE = "the pipeline has: text_encoder, text_encoder_2, transformer, vae"
+
+
+def test_components_that_a_replica_does_not_have_are_named_in_every_part_with_those_it_has() -> None:
+    assert problems(
+        "tiny-flux",
+        quantization=Quantization("bitsandbytes_4bit", ["transformer", "unet", "text_encoder_3"]),
+        compilation=[Compilation("vae"), Compilation("trasformer")],
+        offloading=Offloading("model", ["zzz"]),
+    ) == [
+        f"recipe.a.quantization.components: found 'unet'; {THERE}",
+        f"recipe.a.quantization.components: found 'text_encoder_3'; did you mean 'text_encoder_2'? {THERE}",
+        f"recipe.a.compilation[1].component: found 'trasformer'; did you mean 'transformer'? {THERE}",
+        f"recipe.a.offloading.components: found 'zzz'; {THERE}",
+    ]
+    assert problems("tiny-flux", compilation=Compilation("unet")) == [
+        f"recipe.a.compilation.component: found 'unet'; {THERE}"
+    ]
+
+
+def test_components_that_a_replica_has_and_parts_that_name_none_are_accepted() -> None:
+    assert problems("tiny-flux", quantization=Quantization("bitsandbytes_8bit"), offloading=Offloading("model")) == []
+    assert problems("tiny-flux", compilation=[Compilation(one) for one in ("transformer", "vae")]) == []
+    assert problems("tiny-sd", compilation=Compilation("unet")) == []
+
+
+def test_a_hub_id_has_the_components_of_the_replica_that_stands_for_it_unless_it_means_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_id, compiled = "black-forest-labs/flux.1-dev", Compilation("unet")
+    found = [f"recipe.a.compilation.component: found 'unet'; {THERE}"]
+    assert problems(hub_id, compilation=compiled) == found
+    recipe = Recipe("a", hub_id, compilation=compiled)
+    assert problems_with_installation(recipe, allow_hub=True) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / hub_id).mkdir(parents=True)
+    assert problems(hub_id, compilation=compiled) == []
+
+
+@pytest.mark.parametrize("pipeline", ["some-org/some-model", "no-such-replica", "os:getcwd", dict])
+def test_components_of_a_pipeline_that_must_be_built_to_know_them_are_left_unchecked(pipeline: Any) -> None:
+    assert problems(pipeline, compilation=Compilation("anything")) == []
+
+
+def test_a_family_that_a_third_party_registered_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    families = Registry(Family("tiny-mine", (), ("text_encoder", "denoiser"), "Mine", (96, 96), lambda hub_id: None))
+    monkeypatch.setattr(installation, "registry", families)
+    assert problems("tiny-mine", compilation=Compilation("denoise")) == [
+        (
+            "recipe.a.compilation.component: found 'denoise'; did you mean 'denoiser'? "
+            "the pipeline has: denoiser, text_encoder"
+        )
+    ]
+
+
+def test_components_are_checked_with_no_library_imported() -> None:
+    code = (
+        "import sys\n"
+        "from pytest_diffopt.installation import problems_with_installation\n"
+        "from pytest_diffopt.recipe import Recipe\n"
+        "assert len(problems_with_installation(Recipe('a', 'tiny-flux', compilation={'component': 'unet'}))) == 1\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,186 @@
+"""The table of recipes, and what the end of a run says."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import pytest
+
+from pytest_diffopt.checks.verdict import Status, Verdict
+from pytest_diffopt.observation.observation import (
+    CallRecord,
+    CompileRecord,
+    FrameAttempt,
+    GraphBreak,
+    Observation,
+    Place,
+)
+from pytest_diffopt.options import Settings
+from pytest_diffopt.report.progress import ProgressLine
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, merged, row_of, verdict_text
+from pytest_diffopt.report.terminal import RecipeReport, status_of, table_lines
+
+PLACE = Place("toy.py", 10, "Toy.forward")
+
+
+def observation(name: str = "flux", peak_bytes: int | None = None) -> Observation:
+    frames = (
+        FrameAttempt(0, "transformer", "", PLACE, False, "compiled", 1, 40),
+        FrameAttempt(1, "transformer", "", PLACE, False, "compiled", 1, 40, recompile=True),
+    )
+    return Observation(
+        recipe={"name": name},
+        content_hash="0",
+        accelerator="cpu",
+        device="cpu",
+        versions={},
+        calls=(
+            CallRecord(0, "call", 12.34),
+            CallRecord(1, "call", 0.6),
+            CallRecord(2, "call", 0.5),
+            CallRecord(3, "sensitivity", 9.0),
+        ),
+        compiles=CompileRecord(
+            frames=frames, graph_breaks=(GraphBreak(0, "transformer", "", PLACE, PLACE, "a break"),)
+        ),
+        peak_bytes=peak_bytes,
+    )
+
+
+def verdict(check: str, status: Status = "passed", **figures: Any) -> Verdict:
+    return Verdict(check, "flux", status, f"what {check} says", figures)
+
+
+def test_a_row_has_the_figures_of_its_observation() -> None:
+    row = row_of(observation(peak_bytes=2**20), [verdict("parity", required=0.003), verdict("recompiles", "failed")])
+    assert row == {
+        "recipe": "flux",
+        "source": "",
+        "cold_seconds": 12.34,
+        "warm_seconds": 0.5,
+        "peak_bytes": 2**20,
+        "graphs": 2,
+        "breaks": 1,
+        "recompiles": 1,
+        "required_tolerance": 0.003,
+        "statuses": {"parity": "passed", "recompiles": "failed"},
+    }
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_rows_of_one_recipe_become_one_and_those_of_two_files_stay_apart() -> None:
+    rows = [
+        row_of(None, [verdict("engagement", "failed")], source="a"),
+        row_of(observation(), [verdict("parity", required=0.25)], source="a"),
+        row_of(observation(), [verdict("parity")], source="b"),
+    ]
+    first, second = merged(rows)
+    assert first["statuses"] == {"engagement": "failed", "parity": "passed"}
+    assert first["graphs"] == 2
+    assert first["required_tolerance"] == 0.25
+    assert second["statuses"] == {"parity": "passed"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "text"),
+    [
+        ({}, "no verdict"),
+        ({"a": "passed", "b": "passed"}, "2 passed"),
+        ({"a": "passed", "recompiles": "failed"}, "1 failed: recompiles, 1 passed"),
+        ({"a": "unverified", "b": "failed", "c": "failed"}, "2 failed: b c, 1 unverified: a"),
+    ],
+)
+def test_the_verdict_column_tells_the_worst_first(statuses: dict[str, str], text: str) -> None:
+    assert verdict_text(statuses) == text
+
+
+def test_the_table_has_a_row_a_recipe() -> None:
+    rows = [row_of(observation(), [verdict("parity", required=0.0031)])]
+    header, _, line = table_lines(rows, width=160, color=False)
+    assert header.split("  ")[0] == "recipe"
+    assert line.split() == ["flux", "12.3", "/", "0.50", "2", "1", "1", "0.0031", "1", "passed"]
+    assert "peak memory" not in header
+
+
+def test_the_peak_has_a_column_where_it_is_known_of_any() -> None:
+    rows = [row_of(observation("a"), []), row_of(observation("b", 3 * 2**30), [])]
+    header, _, first, second = table_lines(rows, width=160, color=False)
+    assert "peak memory" in header
+    assert first.split()[4] == "-"
+    assert "3.00 GiB" in second
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_keeps_to_its_width_and_has_color_only_where_asked(width: int) -> None:
+    rows = [row_of(observation("flux-nf4-compile-offload-with-a-long-name"), [verdict("parity", "failed")])]
+    assert all(len(line) <= width for line in table_lines(rows, width=width, color=False))
+    assert "\x1b[" not in "".join(table_lines(rows, width=width, color=False))
+    assert "\x1b[31m" in "".join(table_lines(rows, width=width, color=True))
+
+
+def report(check: str, status: Status | None, *, outcome: str = "passed", when: str = "call") -> pytest.TestReport:
+    carried: list[tuple[str, object]] = [(RECIPE_PROPERTY, {"source": "f", "recipe": "flux", "check": check})]
+    if status is not None:
+        carried += [(VERDICT_PROPERTY, verdict(check, status).to_dict())]
+        carried += [(ROW_PROPERTY, row_of(observation(), [verdict(check, status)], source="f"))]
+    return pytest.TestReport("f", ("f", 0, "f"), {}, outcome, None, when, user_properties=carried)  # type: ignore[arg-type]
+
+
+def test_each_item_counts_once_and_other_tests_do_not() -> None:
+    gathered = RecipeReport(Settings())
+    for when in ("setup", "call", "teardown"):
+        gathered.add(report("parity", "passed", when=when))
+    gathered.add(pytest.TestReport("t", ("t", 0, "t"), {}, "passed", None, "call"))
+    assert [row["statuses"] for row in gathered.rows] == [{"parity": "passed"}]
+
+
+def test_what_is_unverified_is_counted_and_told() -> None:
+    gathered = RecipeReport(Settings())
+    gathered.add(report("parity", "unverified", outcome="skipped"))
+    assert gathered.summary_lines() == [
+        "1 unverified: nothing was judged there, so nothing passed",
+        "  flux · parity: what parity says",
+    ]
+    assert gathered.strict_line() == ""
+
+
+def test_strict_says_that_unverified_and_skipped_checks_fail_the_run() -> None:
+    gathered = RecipeReport(Settings(strict=True))
+    assert gathered.strict_line() == ""
+    gathered.add(report("parity", "unverified", outcome="failed"))
+    gathered.add(report("state", None, outcome="skipped", when="setup"))
+    assert gathered.strict_line() == "diffopt: --diffopt-strict fails this run: 1 unverified and 1 skipped"
+
+
+def test_an_unverified_verdict_has_a_category_of_its_own() -> None:
+    unverified = status_of(report("parity", "unverified", outcome="skipped"))
+    assert unverified == ("unverified", "u", ("UNVERIFIED", {"yellow": True}))
+    assert status_of(report("parity", "passed")) is None
+    assert status_of(report("parity", None, outcome="skipped", when="setup")) is None
+
+
+def test_the_progress_line_is_shown_while_something_takes_long_and_cleared_after() -> None:
+    read, write = os.pipe()
+    line = ProgressLine(write, delay_seconds=0.01)
+    with line.running():
+        line.say("compiling transformer")
+        time.sleep(0.2)
+    line.close()
+    with os.fdopen(read, encoding="utf-8") as terminal:
+        written = terminal.read()
+    assert "compiling transformer … 0 s" in written
+    assert "\n" not in written
+    assert written.endswith("\x1b8\x1b[K")
+
+
+def test_what_is_quick_has_no_progress_line() -> None:
+    read, write = os.pipe()
+    line = ProgressLine(write, delay_seconds=5)
+    with line.running():
+        line.say("compiling transformer")
+    line.close()
+    with os.fdopen(read, encoding="utf-8") as terminal:
+        assert terminal.read() == ""
