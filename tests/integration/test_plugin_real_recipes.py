@@ -85,7 +85,9 @@ compilation = { component = "model", backend = "eager" }
 
 
 def test_collecting_a_recipe_file_does_not_import_torch(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
-    pytester.makefile(".recipes.toml", a='[recipe.a]\npipeline = "tiny-flux"\ncompilation = { component = "transformer" }\n')
+    pytester.makefile(
+        ".recipes.toml", a='[recipe.a]\npipeline = "tiny-flux"\ncompilation = { component = "transformer" }\n'
+    )
     pytester.makeconftest("import sys\ndef pytest_unconfigure(): print('TORCH', 'torch' in sys.modules)")
     result = run_pytest("--collect-only", "-q", subprocess=True)
     result.stdout.fnmatch_lines(["a.recipes.toml::a::engagement", "TORCH False"])
