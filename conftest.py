@@ -11,6 +11,11 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
+# Set before torch is imported. One Inductor cache for all tests and runs: a cold one costs minutes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "inductor"))
+os.environ.setdefault("DIFFOPT_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "replicas"))
+
 RunPytest = Callable[..., pytest.RunResult]
 
 
@@ -27,14 +32,13 @@ def run_pytest(
 ) -> RunPytest:
     """Run pytest with the plugin in ``pytester``'s folder, installed or run from its source tree.
 
-    Without ``subprocess=True`` it runs in this process: right for what does not import torch.
+    Always in a process of its own: within this one, a second import of the plugin would meet the first one's modules.
     """
     root = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def run(*args: str, subprocess: bool = False) -> pytest.RunResult:
-        start = pytester.runpytest_subprocess if subprocess else pytester.runpytest_inprocess
-        return start(*plugin_arguments, *args)
+    def run(*args: str) -> pytest.RunResult:
+        return pytester.runpytest_subprocess(*plugin_arguments, *args)
 
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pytest_diffopt.checks import engagement, graph_breaks, parity, quantization, recompiles, state
+from pytest_diffopt.checks import engagement, graph_breaks, memory, parity, quantization, recompiles, state
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.contract import derive
 
@@ -16,19 +16,12 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
 
-def _memory(given: Evidence) -> Verdict:
-    return given.unverified(
-        "memory",
-        f"this release does not judge memory; the device in use is {given.observation.accelerator}",
-    )
-
-
 CHECKS: dict[str, Callable[[Evidence], Verdict]] = {
     engagement.NAME: engagement.judge,
     graph_breaks.NAME: graph_breaks.judge,
     recompiles.NAME: recompiles.judge,
     quantization.NAME: quantization.judge,
-    "memory": _memory,
+    memory.NAME: memory.judge,
     parity.NAME: parity.judge,
     state.NAME: state.judge,
 }

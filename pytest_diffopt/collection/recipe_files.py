@@ -146,7 +146,8 @@ def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
             problems.append(Problem(f"recipe.{name}", found, "it returns a Recipe, or None to leave it as it is"))
             continue
         recipes[name] = recipe if changed is None else changed
-        problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}")
+        hub = node.config.stash[SETTINGS].hub
+        problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}", allow_hub=hub)
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
     return recipes

@@ -11,7 +11,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -286,8 +286,7 @@ class CompileWatch:
             if not frame.breaks or not getattr(error, "logged", False):
                 self._add_break(frame, error, str(error), skipped_frame=True)
             else:
-                last = self._breaks[-1]
-                self._breaks[-1] = GraphBreak(**{**vars(last), "skipped_frame": True})
+                self._breaks[-1] = replace(self._breaks[-1], skipped_frame=True)
             reason = explain_break(str(error))[0]
             self._note(f"{place_of(frame.code)} was skipped whole: {reason}")
         elif error is not None:
@@ -298,6 +297,8 @@ class CompileWatch:
             outcome = "compiled" if frame.operations else "empty"
         else:
             outcome = "skipped"
+            if frame.breaks:  # before 2.13 a break that cannot be resumed from ends here, and not in an exception
+                self._breaks[-1] = replace(self._breaks[-1], skipped_frame=True)
             self._note(f"{place_of(frame.code)} was skipped: {skip_reason.splitlines()[0] if skip_reason else ''}")
         self._attempts.append(
             FrameAttempt(

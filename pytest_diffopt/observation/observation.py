@@ -279,7 +279,8 @@ class Observation:
         accelerator: the device's kind (``"cuda"``, ``"cpu"``, …). device: its name.
         versions: of python, torch and the libraries.
         precise_outputs: of the same calls, eager, in a higher precision, where asked for and possible.
-        inputs_after: a model's inputs as each call left them.
+        notes: warnings of libraries, and what could not be observed.
+        peak_bytes: on the accelerator during the calls; None where it does not count them.
         failure: what ended the run, or None.
     """
 

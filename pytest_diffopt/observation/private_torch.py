@@ -32,7 +32,7 @@ class PrivateName:
     required: bool = True
 
 
-_SEEN = "2.7-2.14"
+_SEEN = "2.11-2.14"
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch._dynamo.convert_frame", "_compile", "every frame that Dynamo tries to compile", _SEEN),
     PrivateName(
@@ -43,7 +43,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("torch._dynamo.convert_frame", "exceeds_recompile_limit", "that a recompile limit is exhausted", _SEEN),
     PrivateName(
-        "torch._dynamo.convert_frame", "add_skip_reason", "why a frame was not traced", "2.12-2.14", required=False
+        "torch._dynamo.convert_frame", "add_skip_reason", "why a frame was not traced", "2.13-2.14", required=False
     ),
     PrivateName("torch._dynamo.eval_frame", "_callback_from_stance", "when a compiled region is entered", _SEEN),
     PrivateName("torch._dynamo.eval_frame", "_maybe_set_eval_frame", "when a compiled region is left", _SEEN),
@@ -264,10 +264,13 @@ def _wrap_break(original: Callable[..., Any]) -> Callable[..., Any]:
             error = next((a for a in args if isinstance(a, BaseException)), None)
         reason = kwargs.get("reason") or next((a for a in args if isinstance(a, str)), "")
         if not getattr(error, "logged", False):
-            if error is not None and not getattr(error, "real_stack", None):
+            if error is None:  # before 2.13 the stack is handed over by itself
+                error = RuntimeError(str(reason))
+            if not getattr(error, "real_stack", None):
                 with contextlib.suppress(AttributeError, RuntimeError):
-                    setattr(error, "real_stack", [self.frame_summary()])  # noqa: B010
-            _broadcast.tell("graph_broke", error if error is not None else RuntimeError(reason), str(reason))
+                    stack = kwargs.get("user_stack") or [self.frame_summary()]
+                    setattr(error, "real_stack", list(stack))  # noqa: B010
+            _broadcast.tell("graph_broke", error, str(reason))
         return original(self, *args, **kwargs)
 
     return log_graph_break

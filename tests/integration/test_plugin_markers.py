@@ -99,7 +99,7 @@ class TestUnit(unittest.TestCase):
         assert 1 == 2, "my own"
 """
     )
-    result = run_pytest("-v", "--strict-markers", "-p", "no:randomly", subprocess=True)
+    result = run_pytest("-v", "--strict-markers", "-p", "no:randomly")
     lines = [line.split()[:2] for line in result.outlines if "::" in line and "[ " in line]
     for name, outcome in lines:
         test = name.rpartition("::")[2]
@@ -175,7 +175,7 @@ def test_settings_were_given_back():
     run(double)
 """
     )
-    result = run_pytest("-v", "-W", "error::pytest.PytestWarning", subprocess=True)
+    result = run_pytest("-v", "-W", "error::pytest.PytestWarning")
     assert result.parseoutcomes() == {"passed": 5, "failed": 5, "errors": 1}, result.stdout.str()
     for line in (
         "*::test_wrong_argument_errors: max_recompiles has no argument 'gb'. It takes: limit (an int, at least 0).",
@@ -210,7 +210,7 @@ def test_requires_gpu_skips_with_the_reason_at_the_tests_own_place(
             assert accelerator.kind == "cpu"
         """
     )
-    result = run_pytest("-rs", "--diffopt-device=cpu", subprocess=True)
+    result = run_pytest("-rs", "--diffopt-device=cpu")
     assert result.parseoutcomes() == {"skipped": 2, "passed": 1}
     where = "test_requires_gpu_skips_with_the_reason_at_the_tests_own_place.py"
     result.stdout.fnmatch_lines([f"SKIPPED * {where}:6: requires_gpu: no GPU; the device in use is cpu"])
@@ -222,7 +222,7 @@ def test_a_device_that_is_not_there_is_told(run_pytest: RunPytest, pytester: pyt
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     pytester.makepyfile("def test_device(accelerator): ...")
-    result = run_pytest("--diffopt-device=cuda", subprocess=True)
+    result = run_pytest("--diffopt-device=cuda")
     assert result.parseoutcomes() == {"errors": 1}
     result.stdout.fnmatch_lines(["device: found 'cuda', which this machine does not have; here it takes: auto, cpu"])
 
@@ -246,7 +246,7 @@ def test_quantized_pipeline_is_what_the_marker_says(run_pytest: RunPytest, pytes
         def test_wrong(quantized_pipeline): ...
         """
     )
-    result = run_pytest(subprocess=True)
+    result = run_pytest()
     result.assert_outcomes(passed=1, errors=2)
     result.stdout.fnmatch_lines(["quantized_pipeline: the test has no marker quantization: *"])
     result.stdout.fnmatch_lines(["*::test_wrong: quantization: *'bitsandbytes_5bit'*"])

@@ -21,7 +21,7 @@ def test_loading_the_plugin_imports_nothing_heavy(run_pytest: RunPytest, pyteste
             print("HEAVY", [name for name in heavy if name in sys.modules], "pytest_diffopt.plugin" in sys.modules)
         """
     )
-    result = run_pytest(subprocess=True)
+    result = run_pytest()
     result.stdout.fnmatch_lines(["HEAVY [[]] True"])
 
 
@@ -41,7 +41,7 @@ def test_every_public_name_is_there(run_pytest: RunPytest, pytester: pytest.Pyte
                 pytest_diffopt.nothing
         """
     )
-    result = run_pytest("-q", subprocess=True)
+    result = run_pytest("-q")
     assert result.ret == 0, result.stdout.str()
 
 

@@ -76,7 +76,7 @@ pipeline = "toys:raises"
 compilation = { component = "model", backend = "eager" }
 """,
     )
-    result = run_pytest("-p", "no:cacheprovider", subprocess=True)
+    result = run_pytest("-p", "no:cacheprovider")
     text = result.stdout.str()
     assert result.parseoutcomes()["passed"] == 1, text
     assert "no such weights" in text
@@ -89,5 +89,5 @@ def test_collecting_a_recipe_file_does_not_import_torch(run_pytest: RunPytest, p
         ".recipes.toml", a='[recipe.a]\npipeline = "tiny-flux"\ncompilation = { component = "transformer" }\n'
     )
     pytester.makeconftest("import sys\ndef pytest_unconfigure(): print('TORCH', 'torch' in sys.modules)")
-    result = run_pytest("--collect-only", "-q", subprocess=True)
+    result = run_pytest("--collect-only", "-q")
     result.stdout.fnmatch_lines(["a.recipes.toml::a::engagement", "TORCH False"])

@@ -204,7 +204,7 @@ def test_errors_are_that_recipes_failure_and_the_others_go_on(run_pytest: RunPyt
 def test_an_interrupt_ends_the_run(run_pytest: RunPytest, files: pytest.Pytester) -> None:
     text = '[recipe.interrupted]\npipeline = "tiny-flux"\n[recipe.good]\npipeline = "tiny-flux"\n'
     files.path.joinpath("a.recipes.toml").write_text(text, encoding="utf-8")
-    result = run_pytest(subprocess=True)
+    result = run_pytest()
     assert result.ret == pytest.ExitCode.INTERRUPTED
 
 
@@ -273,7 +273,7 @@ def test_the_session_is_released_at_the_end(run_pytest: RunPytest, files: pytest
 @pytest.mark.parametrize("distribution", ["load", "loadgroup", "loadscope", "worksteal"])
 def test_workers_send_their_verdicts_and_rows(run_pytest: RunPytest, files: pytest.Pytester, distribution: str) -> None:
     pytest.importorskip("xdist")
-    result = run_pytest("-n", "2", "--dist", distribution, "-rA", subprocess=True)
+    result = run_pytest("-n", "2", "--dist", distribution, "-rA")
     assert result.parseoutcomes() == {"passed": 7, "failed": 1, "unverified": 1}
     for row in (
         "good *12.3 / 0.50 * 3 passed",
@@ -285,7 +285,7 @@ def test_workers_send_their_verdicts_and_rows(run_pytest: RunPytest, files: pyte
 
 def test_a_recipe_stays_on_one_worker_with_loadgroup(run_pytest: RunPytest, files: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
-    result = run_pytest("-n", "2", "--dist", "loadgroup", "-rA", subprocess=True)
+    result = run_pytest("-n", "2", "--dist", "loadgroup", "-rA")
     workers: dict[str, set[str]] = {}
     for line in result.outlines:
         if line.startswith("judging "):
@@ -408,7 +408,7 @@ def pytest_sessionstart(session):
 """
     files.makeconftest(CONFTEST + slow)
     arguments = (argument, "-k", "good and parity")
-    assert "compiling transformer" not in run_pytest(*arguments, subprocess=True).stdout.str()
+    assert "compiling transformer" not in run_pytest(*arguments).stdout.str()
     script = f"""
 import os, pty, sys
 os.environ["TERM"] = "xterm"

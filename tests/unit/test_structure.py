@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -201,3 +202,9 @@ def test_every_public_name_is_there() -> None:
     missing = [name for name in pytest_diffopt.__all__ if not hasattr(pytest_diffopt, name)]
     assert missing == []
     assert set(pytest_diffopt.__all__) == {*pytest_diffopt._HOMES, "__version__"}
+
+
+def test_the_map_of_the_package_names_only_files_that_are_there() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:pytest_diffopt/)?((?:[a-z_]+/)*[a-z_]+\.py)`", text)) - {"conftest.py"}
+    assert [name for name in sorted(named) if not (ROOT / name).is_file() and not (ROOT.parent / name).is_file()] == []

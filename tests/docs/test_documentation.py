@@ -1,0 +1,77 @@
+"""What is documented is executed: every block of the README and of docs/ that says what it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from sybil import Document
+from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
+
+from pytest_diffopt.recipe_loading import loads_recipes
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ("tox -qqm recipes", "tox -qqm tests")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """("page:line", text) of every fence of a language."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        document = Document(text, str(page))
+        for lexed in FencedCodeBlockLexer(language)(document):
+            line = text.count("\n", 0, lexed.start) + 1
+            found.append((f"{page.relative_to(ROOT)}:{line}", lexed.lexemes["source"]))
+    return found
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("toml"), ids=lambda value: value if ":" in value[:40] else "")
+def test_recipes_in_the_documentation_are_valid(where: str, text: str) -> None:
+    assert loads_recipes(text, where)
+
+
+PYTHON = blocks("python")
+
+
+@pytest.mark.parametrize(("where", "text"), PYTHON, ids=[where for where, _ in PYTHON])
+def test_python_in_the_documentation_runs(where: str, text: str, run_pytest: object, pytester: pytest.Pytester) -> None:
+    name = match[1] if (match := re.match(r"# (test_\w+\.py)\n", text)) else ""
+    if not name:
+        text = "def test_block():\n" + "".join(f"    {line}\n" for line in text.splitlines())
+    pytester.makepyfile(**{(name or "test_block.py").removesuffix(".py"): text})
+    result = run_pytest("-p", "no:cacheprovider")  # type: ignore[operator]
+    outcomes = result.parseoutcomes()
+    assert result.ret == 0, result.stdout.str()
+    assert outcomes.get("passed", 0) >= 1
+
+
+def test_the_readmes_commands_are_those_of_tox_and_of_ci() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    labels = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    commands = [text.strip() for _, text in blocks("bash")]
+    assert [command.rpartition(".venv/bin/")[2] for command in commands] == list(COMMANDS)
+    assert commands[1] in ci
+    assert all(command.rpartition(" ")[2] + " = installed" in labels for command in COMMANDS)
+    assert "examples/flux.recipes.toml" in readme
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_option_marker_and_check_is_documented() -> None:
+    from pytest_diffopt.checks.session import CHECKS
+    from pytest_diffopt.options import OPTIONS
+
+    plugin = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for option in OPTIONS:
+        assert f"`--diffopt-{option.name.replace('_', '-')}`" in plugin
+    for check in CHECKS:
+        assert f"| `{check}` |" in readme
