@@ -3,7 +3,7 @@
     python benchmarks/run.py            # all of it
     python benchmarks/run.py startup    # one
 
-Each figure is the median over pairs A B A B …, after one warm-up of each; wall seconds and peak memory are those of whole processes.
+Each figure is the median over pairs A B A B …, after one warm-up of each. Seconds and peak memory are of whole processes.
 """
 
 from __future__ import annotations

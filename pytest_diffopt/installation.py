@@ -33,6 +33,8 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
     mistakes: list[Mistake] = []
     if isinstance(recipe.pipeline, str) and is_reference(recipe.pipeline):
         mistakes += _reference_mistakes(("pipeline",), recipe.pipeline)
+    if isinstance(recipe.call.inputs, str):
+        mistakes += _reference_mistakes(("call", "inputs"), recipe.call.inputs)
     if (family := _replica(recipe.pipeline, allow_hub)) is not None:
         mistakes += _component_mistakes(recipe, family.components)
     torch_installed = importlib.util.find_spec("torch") is not None

@@ -10,10 +10,11 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
@@ -143,8 +144,11 @@ def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _inputs(value: Any) -> Any:
-    allowed = "a table of keyword arguments, a list of these (one a call, in turn), or a callable that makes one"
-    if callable(value):
+    allowed = (
+        "a table of keyword arguments, a list of these (one a call, in turn), or a callable that makes one "
+        '(in a file "package.module:function")'
+    )
+    if callable(value) or (isinstance(value, str) and is_reference(value)):
         return value
     tables = (value,) if isinstance(value, Mapping) else value
     if not isinstance(tables, list | tuple) or not tables:
@@ -422,7 +426,8 @@ class Call(Part):
         seed: of the generator that each call gets.
         kwargs: further keyword arguments of every call.
         inputs: for a model, whose calls have no prompt: keyword arguments, one dict a call; or a callable that makes
-            them, given the call's number if it takes one. Tensors may have any shape.
+            them, given the call's number if it takes one, or its name, ``"package.module:function"``. Tensors may have
+            any shape.
 
     Raises:
         RecipeError: with every wrong field.
@@ -437,7 +442,8 @@ class Call(Part):
     seed: Natural = 0
     kwargs: Table = dataclasses.field(default_factory=FrozenDict)
     inputs: (
-        Annotated[tuple[Mapping[str, Any], ...] | Callable[..., Mapping[str, Any]], PlainValidator(_inputs)] | None
+        Annotated[tuple[Mapping[str, Any], ...] | Callable[..., Mapping[str, Any]] | str, PlainValidator(_inputs)]
+        | None
     ) = None
 
     if TYPE_CHECKING:
@@ -450,7 +456,11 @@ class Call(Part):
             calls: int | None = None,
             seed: int = 0,
             kwargs: Mapping[str, Any] = ...,
-            inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Callable[..., Mapping[str, Any]] | None = None,
+            inputs: Mapping[str, Any]
+            | Sequence[Mapping[str, Any]]
+            | Callable[..., Mapping[str, Any]]
+            | str
+            | None = None,
         ) -> None: ...
 
     @property
@@ -479,12 +489,27 @@ class Call(Part):
         if isinstance(self.inputs, tuple):
             made = self.inputs[k % len(self.inputs)]
         elif self.inputs is not None:
-            made = self.inputs(k) if _takes_one(self.inputs) else self.inputs()
+            make = _imported(self.inputs) if isinstance(self.inputs, str) else self.inputs
+            made = make(k) if _takes_one(make) else make()
         if not isinstance(made, Mapping):
             found = "nothing" if self.inputs is None else f"{shown(made)} for call {k}"
             allowed = "a dict of the model's keyword arguments, a list of these, or a callable that makes one"
             raise RecipeError([Problem("call.inputs", found, allowed)], "Call.model_inputs(...)")
         return dict(made)
+
+
+def _imported(reference: str) -> Callable[..., object]:
+    module, _, attribute = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        problem = Problem("call.inputs", repr(reference), f"it must be importable ({error})")
+        raise RecipeError([problem], "Call.model_inputs(...)") from error
+    if not callable(found):
+        raise RecipeError([Problem("call.inputs", shown(found), "a callable")], "Call.model_inputs(...)")
+    return cast("Callable[..., object]", found)
 
 
 def _takes_one(function: Callable[..., object]) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_diffopt.collection.session import accelerator_of
+from pytest_diffopt.collection.skipping import place_skip, skip
 from pytest_diffopt.report.rows import RECIPE_PROPERTY
 
 if TYPE_CHECKING:
@@ -35,19 +35,12 @@ MARKER_LINES = {
 WATCH_MARKERS: pytest.StashKey[WatchMarkers] = pytest.StashKey()
 WATCH: pytest.StashKey[CompileWatch] = pytest.StashKey()
 """The open watch of a test that takes the fixture `compile_watch`."""
-_SKIPPED: pytest.StashKey[str] = pytest.StashKey()
 
 
 def register_markers(config: pytest.Config) -> None:
     """Declare every marker, so that ``--markers`` lists it and ``--strict-markers`` knows it."""
     for line in MARKER_LINES.values():
         config.addinivalue_line("markers", line)
-
-
-def skip(item: pytest.Item, reason: str) -> NoReturn:
-    """Skip, reported at the item's own place, not at this line."""
-    item.stash[_SKIPPED] = reason
-    pytest.skip(reason)
 
 
 @dataclass(frozen=True)
@@ -154,9 +147,7 @@ def _judge(item: pytest.Item, markers: WatchMarkers, watch: CompileWatch) -> Non
 
 def tidied(item: pytest.Item, report: pytest.TestReport) -> pytest.TestReport:
     """The report of an item: a skip of ours at the item's place, without torch's trace in its log."""
-    if report.skipped and (reason := item.stash.get(_SKIPPED, None)) is not None:
-        path, line, _ = item.reportinfo()
-        report.longrepr = (os.fspath(path), (line or 0) + 1, f"Skipped: {reason}")
+    place_skip(item, report)
     if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or _is_about_a_recipe(item)):
         report.sections = [(title, kept) for title, text in report.sections if (kept := _without_trace(title, text))]
     return report

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.checks.verdict import Verdict
-from pytest_diffopt.collection.marked_tests import skip
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
+from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 

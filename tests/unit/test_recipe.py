@@ -10,6 +10,7 @@ import pickle
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -807,3 +808,13 @@ def test_tensors_are_shown_in_data_and_refused_in_toml() -> None:
 def test_data_that_is_no_recipe_is_refused() -> None:
     assert mistakes(Recipe.from_dict, ["a"]) == ["Recipe: found ['a']; a dict of its fields"]
     assert mistakes(Recipe.from_dict, {"name": "a"}) == ["pipeline: found nothing; it must be given"]
+
+
+def test_a_models_inputs_may_be_named_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_here.py").write_text("def inputs(k):\n    return {'x': k}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Call(inputs="made_here:inputs").model_inputs(2) == {"x": 2}
+    with pytest.raises(RecipeError, match=r"call\.inputs: found 'made_here:nothing'; it must be importable"):
+        Call(inputs="made_here:nothing").model_inputs(0)
+    with pytest.raises(RecipeError, match=r"inputs: found 'not a reference'; a table of keyword arguments, a list"):
+        Call(inputs="not a reference")
