@@ -59,8 +59,12 @@ def _of_component(given: Evidence, compilation: Compilation) -> tuple[list[str],
     problems: list[str] = []
     evidence: list[str] = []
     expected = _expected(given, name, paths)
+    for path in record.disabled if record is not None else ():
+        evidence.append(f"{name}{'.' if path else ''}{path}: its forward is marked with torch.compiler.disable")
     if entries == 0:
         problems.append(f"compiled code of {name} never ran: its compiled call was never entered")
+        if record is not None and record.disabled:
+            return problems, evidence, 0
         evidence.append(
             f"{name} ran {expected} times in the eager reference: the pipeline calls the uncompiled forward, "
             f"by a hook or a reference held from before"

@@ -258,7 +258,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """A component: its class, its parameters' bytes, and the blocks that repeat in it (path → class)."""
+    """A component: its class, its parameters' bytes, and what is compiled in it.
+
+    Attributes:
+        blocks: path → class of the blocks that repeat in it.
+        compiled: paths whose call enters a compiled region; ``""`` is the component itself.
+        siblings_not_compiled: classes of blocks beside compiled ones that are not compiled.
+        disabled: compiled paths whose forward Dynamo is told to leave alone.
+        kept_plain, kept_float32: modules that the libraries leave unquantized, or in float32, by their own lists.
+    """
 
     name: str
     kind: str
@@ -266,6 +274,7 @@ class ComponentRecord:
     blocks: dict[str, str] = field(default_factory=dict)
     compiled: tuple[str, ...] = ()
     siblings_not_compiled: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
     kept_plain: tuple[str, ...] = ()
     kept_float32: tuple[str, ...] = ()
 

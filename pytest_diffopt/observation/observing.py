@@ -255,6 +255,7 @@ class _Run:
                     blocks=compilation.repeated_classes(root),
                     compiled=compilation.compiled_paths(module),
                     siblings_not_compiled=compilation.siblings_not_compiled(module),
+                    disabled=compilation.disabled_paths(module),
                     kept_plain=prepared.kept_plain.get(name, ()),
                     kept_float32=prepared.kept_float32.get(name, ()),
                 )

@@ -148,6 +148,17 @@ def compiled_paths(module: torch.nn.Module) -> tuple[str, ...]:
     return ("", *paths) if is_compiled(module) or is_compiled(root) else tuple(paths)
 
 
+def disabled_paths(module: torch.nn.Module) -> tuple[str, ...]:
+    """The paths of compiled modules whose forward is marked with ``torch.compiler.disable``: compiling them does nothing."""
+    root = original_module(module)
+    found = []
+    for path in compiled_paths(module):
+        forward: Any = root.get_submodule(path).forward
+        if getattr(forward, "_torchdynamo_disable", False):
+            found.append(path)
+    return tuple(found)
+
+
 def siblings_not_compiled(module: torch.nn.Module) -> tuple[str, ...]:
     """Classes of blocks that stand beside compiled blocks and are not compiled: a regional compile that missed some.
 

@@ -87,7 +87,7 @@ def helper(model: Healthy, x: torch.Tensor) -> torch.Tensor:
     [
         (EntersDevice, "Unsupported context manager"),
         (BreaksInLoop, "was skipped whole"),
-        (Disabled, "Disabled.forward"),
+        (Disabled, "model: its forward is marked with torch.compiler.disable"),
         (AllInAHelper, "AllInAHelper.forward"),
         (Generates, "was not traced"),
     ],
