@@ -34,6 +34,18 @@ class Healthy(nn.Module):
         return self.second(self.first(x).relu())
 
 
+class StepCounter(Healthy):
+    """A Python int on the module that forward reads and changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        return super().forward(x) * (1 + 1 / self.step)
+
+
 class Block(nn.Module):
     """A block with enough layers to count as one."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from pytest_diffopt import Call
 
-from .conftest import WIDTH, Block, Healthy, Judge, TwoPart, assert_all_pass, inputs
+from .conftest import WIDTH, Block, Healthy, Judge, StepCounter, TwoPart, assert_all_pass, inputs
 
 
 class EntersDevice(Healthy):
@@ -265,18 +265,6 @@ def test_a_stance_that_forces_eager_is_found_and_given_back(judge: Judge) -> Non
     assert verdicts["state"].status == "failed"
     compiled = torch.compile(Healthy(), backend="eager", fullgraph=True)
     compiled(torch.zeros(1, WIDTH))  # would raise under force_eager with fullgraph, had the stance been left
-
-
-class StepCounter(Healthy):
-    """A Python int on the module that forward reads and changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        return super().forward(x) * (1 + 1 / self.step)
 
 
 def test_an_exhausted_limit_is_no_engagement(judge: Judge) -> None:

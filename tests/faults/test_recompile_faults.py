@@ -10,19 +10,7 @@ from torch import nn
 
 from pytest_diffopt import Call, Contract
 
-from .conftest import WIDTH, Block, Healthy, Judge, TwoPart, assert_all_pass, inputs
-
-
-class StepCounter(Healthy):
-    """A Python int on the module that forward reads and changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        return super().forward(x) * (1 + 1 / self.step)
+from .conftest import WIDTH, Block, Healthy, Judge, StepCounter, TwoPart, assert_all_pass, inputs
 
 
 def test_a_step_counter_recompiles_at_every_call(judge: Judge) -> None:
