@@ -71,6 +71,12 @@ class Accelerator:
             return int(self._module.max_memory_allocated())
         return None
 
+    def live_bytes(self) -> int | None:
+        """Bytes allocated now, or None where the device does not count them."""
+        if self.is_real and hasattr(self._module, "memory_allocated"):
+            return int(self._module.memory_allocated())
+        return None
+
     def empty_cache(self) -> None:
         """Give cached blocks back to the device."""
         if self.is_real:

@@ -24,12 +24,14 @@ class Evidence:
     Attributes:
         reference: the same recipe, neither compiled nor offloaded, on the same accelerator; None for a check that needs
             none.
+        resident: the same recipe without offloading; None where memory is not judged.
     """
 
     recipe: Recipe
     observation: Observation
     limits: Limits
     reference: Observation | None = None
+    resident: Observation | None = None
 
     def verdict(
         self, check: str, status: Status, sentence: str, *, evidence: Iterable[str] = (), **figures: Any

@@ -81,8 +81,11 @@ class Session:
         reference = observation
         if recipe.compilation or recipe.offloading is not None:
             reference = self.observe(recipe.without("compilation", "offloading", "dynamo"))
+        resident = None
+        if recipe.offloading is not None and observation.memory is not None:
+            resident = self.observe(recipe.without("offloading"))
         limits = derive(recipe.contract, compilations=recipe.compilation, offloading=recipe.offloading)
-        return Evidence(recipe, observation, limits, reference)
+        return Evidence(recipe, observation, limits, reference, resident)
 
     def judge(self, recipe: Recipe, check: str) -> Verdict:
         """The verdict of one check."""

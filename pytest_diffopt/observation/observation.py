@@ -233,6 +233,36 @@ class Executions:
 
 
 @dataclass(frozen=True)
+class CallMemory:
+    """Memory of the accelerator around one call, in bytes.
+
+    Attributes:
+        peak_bytes: the highest during the call. live_bytes: after it, without the results that the observation holds.
+        residency: component → bytes of its parameters and buffers that are on the accelerator after the call.
+    """
+
+    call: int
+    peak_bytes: int
+    live_bytes: int
+    residency: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """Memory of the accelerator, in bytes: while the pipeline was prepared, and call by call."""
+
+    before_bytes: int
+    load_peak_bytes: int
+    loaded_bytes: int
+    calls: tuple[CallMemory, ...] = ()
+
+    @property
+    def call_peak_bytes(self) -> int:
+        """The highest peak of any call."""
+        return max((call.peak_bytes for call in self.calls), default=0)
+
+
+@dataclass(frozen=True)
 class StateChange:
     """A global that is not as it was: its name, before and after, and what left it so."""
 
@@ -289,7 +319,7 @@ class Observation:
         versions: of python, torch and the libraries.
         precise_outputs: of the same calls, eager, in a higher precision, where asked for and possible.
         notes: warnings of libraries, and what could not be observed.
-        peak_bytes: on the accelerator during the calls; None where it does not count them.
+        memory: of the accelerator; None where it does not count it.
         failure: what ended the run, or None.
     """
 
@@ -310,8 +340,13 @@ class Observation:
     state_changes: tuple[StateChange, ...] = ()
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
-    peak_bytes: int | None = None
+    memory: MemoryRecord | None = None
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The accelerator's peak during the calls; None where it does not count."""
+        return self.memory.call_peak_bytes if self.memory is not None else None
 
     @property
     def name(self) -> str:

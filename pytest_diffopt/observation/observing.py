@@ -20,6 +20,7 @@ from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.observation import private_torch
 from pytest_diffopt.observation.compilation import CompileWatch
 from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest, tensor_bytes
+from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
     CallRecord,
     CompileRecord,
@@ -151,7 +152,7 @@ class _Run:
         self.precise_outputs: tuple[Output, ...] = ()
         self.precise_dtype = ""
         self.breaks_of_diagnosis: CompileRecord | None = None
-        self.peak_bytes: int | None = None
+        self.memory = MemoryWatch(accelerator)
         self.starting_noise: dict[int, list[Any]] = {}
 
     def everything(self) -> None:
@@ -174,14 +175,15 @@ class _Run:
             self._diagnose_breaks()
 
     def _prepare_and_call(self, before: state.Snapshot) -> None:
+        self.memory.open()
         prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
+        self.memory.loaded()
         self._describe(prepared)
         self._compare_state(before, state.take_snapshot(), with_random=False)
         counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self.recipe.compilation:
             counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
         random_before = state.take_snapshot()
-        self.accelerator.reset_peak()
         with (
             self.watch.naming(prepared.module_names()),
             recording(prepared, self.recorder),
@@ -191,7 +193,6 @@ class _Run:
             for call in range(self.recipe.call.count):
                 self._call(prepared, call, "call")
             self._sensitivity_call(prepared)
-        self.peak_bytes = self.accelerator.peak_bytes()
         random_after = state.take_snapshot()
         for difference in state.differences(random_before, random_after, with_random=True):
             if difference.name in state.RNG_NAMES:
@@ -205,11 +206,14 @@ class _Run:
         arguments = prepared.arguments(0 if kind == "sensitivity" else call, **changed)
         if prepared.is_model and kind == "sensitivity":
             arguments = perturbed(arguments)
+        self.memory.call_begins()
         started = time.perf_counter()
         result = prepared.run(arguments)
         self.accelerator.synchronize()
         seconds = time.perf_counter() - started
         self.recorder.record("", result, hold=True)
+        del result
+        self.memory.call_ends(call, prepared.components, self.recorder.held_bytes(self.accelerator.kind))
         if prepared.is_model:
             self.recorder.record("inputs after the call", arguments)
         asked = self.recipe.call
@@ -396,7 +400,7 @@ class _Run:
             state_changes=tuple(self.state_changes),
             failure=self.failure,
             notes=tuple(self.notes),
-            peak_bytes=self.peak_bytes,
+            memory=self.memory.record,
         )
 
 

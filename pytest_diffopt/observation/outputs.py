@@ -84,6 +84,15 @@ class OutputRecorder:
                 copy = tensor.detach().to("cpu", copy=True)
                 self._kept.append(_Kept(self.call, component, step, leaf, copy, tensor if hold else copy))
 
+    def held_bytes(self, kind: str) -> int:
+        """Bytes of the results that are held on devices of a kind; storages that results share count once."""
+        storages = {}
+        for kept in self._kept:
+            if kept.original is not kept.copy and kept.original.device.type == kind:
+                storage = kept.original.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
     def outputs(self) -> tuple[Output, ...]:
         """Everything recorded, as plain data."""
         return tuple(_output(kept) for kept in self._kept)

@@ -11,10 +11,12 @@ import pytest
 
 from pytest_diffopt.checks.verdict import Status, Verdict
 from pytest_diffopt.observation.observation import (
+    CallMemory,
     CallRecord,
     CompileRecord,
     FrameAttempt,
     GraphBreak,
+    MemoryRecord,
     Observation,
     Place,
 )
@@ -46,7 +48,7 @@ def observation(name: str = "flux", peak_bytes: int | None = None) -> Observatio
         compiles=CompileRecord(
             frames=frames, graph_breaks=(GraphBreak(0, "transformer", "", PLACE, PLACE, "a break"),)
         ),
-        peak_bytes=peak_bytes,
+        memory=MemoryRecord(0, 0, 0, (CallMemory(0, peak_bytes, 0),)) if peak_bytes is not None else None,
     )
 
 
