@@ -123,13 +123,20 @@ class CompiledPart(Protocol):
 OFFLOADING_HOOK_FILES = ("accelerate/hooks.py", "diffusers/hooks/hooks.py", "diffusers/hooks/group_offloading.py")
 
 
-def derive(contract: Contract, *, compilations: Sequence[CompiledPart], offloading: object | None) -> Limits:
+def derive(
+    contract: Contract,
+    *,
+    compilations: Sequence[CompiledPart],
+    offloading: object | None,
+    quantization: object | None = None,
+) -> Limits:
     """The limits of a recipe with these parts; what the contract's author gave wins.
 
     Args:
         contract: the author's own limits.
         compilations: the recipe's; empty when nothing is compiled.
         offloading: the recipe's, or None. Hooks specialize the code that they wrap, so they need a longer warm-up.
+        quantization: the recipe's, or None. Quantized layers set up their state in their first forward: the same.
     """
     offloaded = offloading is not None
     per_code: int | None = None
@@ -138,7 +145,7 @@ def derive(contract: Contract, *, compilations: Sequence[CompiledPart], offloadi
     return Limits(
         max_graph_breaks=_given(contract.max_graph_breaks, 0),
         allowed_break_files=_given(contract.allowed_break_files, OFFLOADING_HOOK_FILES if offloaded else ()),
-        warmup_calls=_given(contract.warmup_calls, 2 if offloaded else 1),
+        warmup_calls=_given(contract.warmup_calls, 2 if offloaded or quantization is not None else 1),
         max_recompiles=contract.max_recompiles,
         max_recompiles_after_warmup=_given(contract.max_recompiles_after_warmup, _given(contract.max_recompiles, 0)),
         recompiles_per_code=per_code,

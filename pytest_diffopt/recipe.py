@@ -82,7 +82,9 @@ def _frozen(value: object, mistakes: list[Mistake], location: Location = ()) -> 
         return FrozenDict({k: _frozen(v, mistakes, (*location, str(k))) for k, v in value.items()})
     if isinstance(value, list | tuple):
         held = [_frozen(v, mistakes, (*location, i)) for i, v in enumerate(value)]
-        return tuple(held) if isinstance(value, tuple) else held
+        if isinstance(value, tuple):
+            return type(value)(*held) if hasattr(value, "_fields") else tuple(held)
+        return held
     if isinstance(value, datetime.date | datetime.time):
         mistakes.append(Mistake(location, shown(value), "write a date or time as a string"))
     return value

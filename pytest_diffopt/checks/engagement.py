@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
+from pytest_diffopt.preparation.compilation import outermost
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -54,7 +55,11 @@ def _of_component(given: Evidence, compilation: Compilation) -> tuple[list[str],
     paths = set(record.compiled) if record is not None else set()
     if not paths:
         return [f"nothing in {name} is compiled"], [], 0
-    regions = [r for r in given.observation.compiles.regions if r.component == name and r.region in paths]
+    regions = [
+        r
+        for r in given.observation.compiles.regions
+        if r.component == name and r.region in paths and r.call in given.own_calls
+    ]
     entries, engaged = sum(r.entries for r in regions), sum(r.engaged for r in regions)
     problems: list[str] = []
     evidence: list[str] = []
@@ -109,7 +114,9 @@ def _expected(given: Evidence, component: str, paths: set[str]) -> int | None:
         return None
     if reference.content_hash == given.observation.content_hash:
         return None
+    calls = given.own_calls
     counts = [e for e in reference.executions if e.component == component]
     if not counts:
         return None
-    return sum(e.count for e in counts if e.region in paths)
+    entered = set(outermost(paths))  # parts of a compiled module are traced with it, and never entered by themselves
+    return sum(e.count for e in counts if e.region in entered and e.call in calls)

@@ -63,6 +63,11 @@ class Evidence:
             phase=failure.phase,
         )
 
+    @property
+    def own_calls(self) -> set[int]:
+        """The calls that the recipe asks for; the sensitivity run's inputs are ours."""
+        return set(range(self.recipe.call.count))
+
     def component(self, name: str) -> ComponentRecord | None:
         """What was written down of a component."""
         return next((record for record in self.observation.components if record.name == name), None)

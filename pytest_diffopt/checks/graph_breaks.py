@@ -20,7 +20,7 @@ NAME = "graph_breaks"
 def judge(given: Evidence) -> Verdict:
     """See the module."""
     compiles = given.observation.compiles
-    breaks = [b for b in compiles.graph_breaks if b.component or b.region]
+    breaks = [b for b in compiles.graph_breaks if (b.component or b.region) and b.call in given.own_calls]
     whole = {entry.component for entry in given.recipe.compilation if entry.fullgraph}
     # where fullgraph is promised no file is excused: Dynamo raises at a hook's break too
     allowed = [b for b in breaks if b.component not in whole and is_allowed(b, given.limits.allowed_break_files)]

@@ -12,10 +12,11 @@ later call overwrote; inputs whose in-place updates were lost.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, shortened
+from pytest_diffopt.preparation.borrowed_state import RNG_NAMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 NAME = "parity"
 
-EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 2.0**-7}
-"""The spacing of each dtype's numbers at 1; an image in whole bytes moves by 1/255."""
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+EPSILON |= {"complex128": 2.0**-52, "complex64": 2.0**-23, "uint8": 1.1 / 255, "int8": 1.1 / 127}
+"""The spacing of each dtype's numbers at 1; an image in whole bytes moves by one of its 255 steps."""
 
 ROUNDINGS = 0.25
 """Of a dtype's spacing: correct kernels differ by this much even where the reference's own floor happens to be nought."""
@@ -42,8 +44,14 @@ USABLE_FLOOR = 0.25
 GAIN_SIGMAS = 6.0
 """How many standard errors of its estimate the mean scale may be off before it counts as wrong."""
 
-SENSITIVE = 10.0
+SENSITIVE = 2.0
 """Other inputs must move the output by this many times what a mere repetition does."""
+
+SLICE_ELEMENTS, SLICE_MULTIPLE = 16, 8.0
+"""A channel of at least so many elements is compared by itself, with this many times the multiple: fewer scatter more."""
+
+PRIMARY = ("images", "frames", "videos", "audios", "image", "sample", "latents")
+"""What a pipeline's result is called, first that is there; else the first tensor counts."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Comparison:
     allowed_largest: float
     allowed_gain: float
     required: float
+    slice_excess: float = 0.0
 
     @property
     def excess(self) -> float:
@@ -80,6 +89,7 @@ class Comparison:
             _ratio(self.found.rms, self.allowed),
             _ratio(self.found.largest, self.allowed_largest),
             _ratio(abs(self.found.gain), self.allowed_gain),
+            self.slice_excess,
         )
 
 
@@ -95,7 +105,8 @@ def judge(given: Evidence) -> Verdict:
             NAME, f"the eager reference did not run: {reference.failure}", evidence=[f"in {reference.name}"]
         )
     own = given.observation
-    if problem := _degenerate(own) or _degenerate(reference, " of the eager reference"):
+    dead = _overwritten(own, reference) or _degenerate(own) or _degenerate(reference, " of the eager reference")
+    if problem := dead:
         return given.failed(NAME, problem)
     if problem := _not_comparable(own, reference):
         return given.failed(NAME, problem)
@@ -160,6 +171,8 @@ def describe(output: Output) -> str:
 def _measured(c: Comparison) -> str:
     if _ratio(c.found.rms, c.allowed) >= 1:
         return f"by {c.found.rms:.3g} of its size (up to {c.allowed:.3g} allowed, the floor is {c.floor:.3g})"
+    if _ratio(c.found.largest, c.allowed_largest) < 1 and c.slice_excess >= 1:
+        return f"in one of its channels, by {c.slice_excess:.3g} times what is allowed there"
     if _ratio(abs(c.found.gain), c.allowed_gain) >= 1:
         return f"scaled by {1 + c.found.gain:.5f} on average (up to ±{c.allowed_gain:.2g} allowed)"
     return f"one element by {c.found.largest:.3g} of the largest (up to {c.allowed_largest:.3g} allowed)"
@@ -169,25 +182,43 @@ def _line(c: Comparison) -> str:
     return f"{describe(c.output)}: {_measured(c)}"
 
 
+def _overwritten(own: Observation, reference: Observation) -> str:
+    """An output that a later call wrote into, though the eager model's is left alone; empty where there is none."""
+    reused = {o.key for o in reference.outputs if o.overwritten}  # a model may return a buffer of its own
+    for output in own.outputs:
+        if output.overwritten and output.key not in reused:
+            return f"{describe(output)} was overwritten by a later call: clone it, or do not reuse its buffer"
+    return ""
+
+
 def _degenerate(observation: Observation, whose: str = "") -> str:
-    """Why an output proves nothing or was lost: not finite, constant, overwritten; empty where it is alive."""
-    results = [o for o in observation.outputs if o.component == ""]
+    """Why an output proves nothing: missing, not finite, or constant; empty where it is alive."""
+    own_calls = _own_calls(observation)
+    results = [o for o in observation.outputs if o.component == "" and o.call in own_calls]
     if not results:
         return f"nothing came out{whose}"
     for output in observation.outputs:
-        if output.component == "inputs after the call":
-            continue
-        if output.overwritten:
-            return f"{describe(output)}{whose} was overwritten by a later call: clone it, or do not reuse its buffer"
-    for output in observation.outputs:
         # masks hold infinities on purpose; what a component or the pipeline returns does not
-        if not output.finite and output.component != "inputs after the call":
+        if not output.finite and output.component != "inputs after the call" and output.call in own_calls:
             return f"{describe(output)}{whose} is not finite (NaN or infinity)"
     for call in sorted({o.call for o in results}):
-        arrays = [o.array() for o in results if o.call == call and math.prod(o.shape) > 1]
-        if arrays and all(a.size and a.min() == a.max() for a in arrays):
+        primary = _primary([o for o in results if o.call == call])
+        array = primary.array() if primary is not None else None
+        if array is not None and array.size > 1 and array.min() == array.max():
             return f"the output{whose} of call {call} is constant"
     return ""
+
+
+def _own_calls(observation: Observation) -> set[int]:
+    """The calls that the recipe asks for; the inputs of the sensitivity run are ours, and may not suit a model."""
+    return {call.index for call in observation.calls if call.kind == "call"}
+
+
+def _primary(results: list[Output]) -> Output | None:
+    """The tensor that a result is about: what pipelines call their images, else the first with several elements."""
+    larger = [o for o in results if math.prod(o.shape) > 1]
+    named = {o.leaf.split(".")[0]: o for o in reversed(larger)}
+    return next((named[name] for name in PRIMARY if name in named), larger[0] if larger else None)
 
 
 def _not_comparable(own: Observation, reference: Observation) -> str:
@@ -208,60 +239,51 @@ def _not_comparable(own: Observation, reference: Observation) -> str:
 
 
 def _insensitive(observation: Observation, whose: str = "") -> str:
-    """Whether other inputs leave the output as it was; empty where it changes."""
-    pairs = _pairs(observation)
-    repeated, changed = pairs
-    if changed is None:
+    """Whether other inputs leave the output as it was; empty where it changes, or where no call had other inputs."""
+    calls = {c.index: c for c in observation.calls}
+    finals: dict[int, list[Output]] = {}
+    for output in observation.outputs:
+        if output.component == "" and output.call in calls:
+            finals.setdefault(output.call, []).append(output)
+    first = _primary(finals.get(0, []))
+    if first is None or 0 not in calls:
         return ""
-    noise = max((distance(b, a).rms for a, b in repeated), default=0.0)
-    moved = max((distance(b, a).rms for a, b in changed), default=math.inf)
-    if moved <= SENSITIVE * noise or moved == 0.0:
+    repeated: list[float] = []
+    changed: list[float] = []
+    for index, outputs in finals.items():
+        other = next((o for o in outputs if o.leaf == first.leaf and o.shape == first.shape), None)
+        if index == 0 or other is None or not (other.finite and first.finite):
+            continue
+        (repeated if calls[index].inputs == calls[0].inputs else changed).append(distance(other, first).rms)
+    if not changed:
+        return ""
+    moved, noise = max(changed), max(repeated, default=0.0)
+    if moved == 0.0 or moved <= SENSITIVE * noise:
         return f"the output{whose} ignores its inputs: other inputs move it by {moved:.3g}, a repetition by {noise:.3g}"
     return ""
-
-
-def _pairs(
-    observation: Observation,
-) -> tuple[list[tuple[Output, Output]], list[tuple[Output, Output]] | None]:
-    """(same inputs, other inputs): pairs of final outputs of two calls; None where no call had other inputs."""
-    calls = {c.index: c for c in observation.calls}
-    finals: dict[int, dict[str, Output]] = {}
-    for output in observation.outputs:
-        if output.component == "":
-            finals.setdefault(output.call, {})[output.leaf] = output
-    if 0 not in finals:
-        return [], None
-    repeated: list[tuple[Output, Output]] = []
-    changed: list[tuple[Output, Output]] = []
-    for index in sorted(finals):
-        if index == 0 or index not in calls:
-            continue
-        other = calls[index].kind == "sensitivity" or calls[index].prompt != calls[0].prompt
-        both = [
-            (finals[0][leaf], output)
-            for leaf, output in finals[index].items()
-            if leaf in finals[0] and finals[0][leaf].shape == output.shape
-        ]
-        (changed if other else repeated).extend(both)
-    has_prompts = bool(calls[0].prompt) if 0 in calls else False
-    return (repeated if has_prompts else []), (changed or None)
 
 
 def compare(own: Observation, reference: Observation, multiple: float) -> list[Comparison]:
     """Every tensor of the optimized run against the reference, in the order in which they came out."""
     theirs = {o.key: o for o in reference.outputs}
-    precise = {o.key: o for o in reference.precise_outputs}
-    floors = _repetition_floors(reference)
-    usable = _usable(reference)
+    # a model that draws numbers draws others in another dtype, and in another call: neither measures rounding then
+    draws = any(change.name in RNG_NAMES for change in reference.state_changes)
+    precise = {} if draws else {o.key: o for o in reference.precise_outputs}
+    floors = {} if draws else _repetition_floors(reference)
+    own_calls = _own_calls(own)
     comparisons = []
     for output in own.outputs:
         expected = theirs[output.key]
+        if output.call not in own_calls and not (output.finite and expected.finite):
+            continue
         rounding = ROUNDINGS * _epsilon(output, own)
-        yardstick = precise.get(output.key) if usable else None
         repeat = floors.get((output.component, output.step, output.leaf), 0.0)
-        if yardstick is not None and yardstick.shape == output.shape and yardstick.finite:
+        yardstick = _usable(expected, precise.get(output.key))
+        slices = 0.0
+        if yardstick is not None:
             found, floor = distance(output, yardstick), distance(expected, yardstick)
             gain_floor, error = abs(floor.gain), floor.gain_error
+            slices = _slice_excess(output, yardstick, expected, multiple, rounding)
         else:
             # without a higher precision the floor is what a dtype's rounding does through a stack of layers
             found = distance(output, expected)
@@ -279,26 +301,50 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
                 allowed=multiple * rms + rounding,
                 allowed_largest=multiple * largest + 4 * rounding,
                 allowed_gain=multiple * gain_floor + spare_gain,
+                slice_excess=slices,
                 required=max(
                     _needed(found.rms, rounding, rms),
                     _needed(found.largest, 4 * rounding, largest),
                     _needed(abs(found.gain), spare_gain, gain_floor),
+                    multiple * slices if slices > 1 else 0.0,
                 ),
             )
         )
     return comparisons
 
 
-def _usable(reference: Observation) -> bool:
-    """Whether the run in a higher precision went the same way, so that it can serve as the yardstick."""
-    theirs = {o.key: o for o in reference.outputs}
-    for precise in reference.precise_outputs:
-        expected = theirs.get(precise.key)
-        if expected is None or expected.shape != precise.shape or not precise.finite:
-            return False
-        if distance(expected, precise).rms > USABLE_FLOOR:
-            return False
-    return bool(reference.precise_outputs)
+def _usable(expected: Output, precise: Output | None) -> Output | None:
+    """The same tensor in a higher precision, where it went the same way and so can serve as the yardstick."""
+    if precise is None or precise.shape != expected.shape or not (precise.finite and expected.finite):
+        return None
+    return precise if distance(expected, precise).rms <= USABLE_FLOOR else None
+
+
+def _slice_excess(output: Output, yardstick: Output, expected: Output, multiple: float, rounding: float) -> float:
+    """How many times over what is allowed the worst channel is, each compared by itself; 0 where none is judged.
+
+    One large channel must not hide that a small one is lost: the root mean square over all of them does not see it.
+    """
+    import numpy as np
+
+    if output.stride != 1 or len(output.shape) < 2 or output.dtype.startswith("complex"):
+        return 0.0
+    worst = 0.0
+    found, precise, plain = (o.array().reshape(o.shape) for o in (output, yardstick, expected))
+    for axis in {1, len(output.shape) - 1}:
+        if output.shape[axis] < 2 or found.size // output.shape[axis] < SLICE_ELEMENTS:
+            continue
+        others = tuple(k for k in range(len(output.shape)) if k != axis)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            size, floor, difference = (
+                np.sqrt(np.mean(values * values, axis=others)) for values in (precise, plain - precise, found - precise)
+            )
+            allowed = SLICE_MULTIPLE * (multiple * floor + rounding * size)
+            excess = np.where(difference > 0, difference / np.maximum(allowed, 1e-300), 0.0)
+        judged = size > 1e-6 * size.max()  # a channel that is nothing but rounding of its neighbours has no scale
+        if judged.any():
+            worst = max(worst, float(np.nanmax(excess[judged])))
+    return worst
 
 
 def _repetition_floors(reference: Observation) -> dict[tuple[str, int, str], float]:
@@ -308,9 +354,10 @@ def _repetition_floors(reference: Observation) -> dict[tuple[str, int, str], flo
     first = {(o.component, o.step, o.leaf): o for o in reference.outputs if o.call == 0}
     for output in reference.outputs:
         call, zeroth = calls.get(output.call), calls.get(0)
+        # a model may keep state from call to call; a pipeline starts anew with each
         if call is None or zeroth is None or output.call == 0 or call.kind != "call" or not call.prompt:
             continue
-        if call.prompt != zeroth.prompt or call.size != zeroth.size:
+        if call.inputs != zeroth.inputs:
             continue
         key = (output.component, output.step, output.leaf)
         if key in first and first[key].shape == output.shape:
@@ -334,7 +381,14 @@ def distance(found: Output, expected: Output) -> Distance:
 
     a, b = found.array(), expected.array()
     with np.errstate(over="ignore", invalid="ignore"):
-        return _distance(a, b)
+        result = _distance(a, b)
+        if found.sketch and expected.sketch and a.size == b.size and result.rms < math.inf:
+            # elements that are not kept: random sums of all of them differ by as much as the elements themselves do
+            elements = math.prod(expected.shape)
+            whole = float(np.sqrt(np.mean((found.sums() - expected.sums()) ** 2) / elements))
+            size = float(np.sqrt(np.mean(b * b)))
+            result = replace(result, rms=max(result.rms, whole / size if size else 0.0))
+    return result
 
 
 def _distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Distance:

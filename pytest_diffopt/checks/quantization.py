@@ -34,7 +34,7 @@ def judge(given: Evidence) -> Verdict:
     evidence: list[str] = []
     quantized_layers: list[Layer] = []
     for name in meant:
-        own = [layer for layer in layers if layer.component == name]
+        own = [layer for layer in layers if layer.component == name and layer.linear]
         expected = [layer for layer in own if not _is_kept_plain(given, layer)]
         wrong = [(layer, reason) for layer in expected if (reason := _wrong(given, layer))]
         quantized_layers += [layer for layer in expected if not _wrong(given, layer)]
@@ -48,9 +48,15 @@ def judge(given: Evidence) -> Verdict:
             problems.append(f"{len(wrong)} of {counted(len(expected), 'layer')} of {name} are not as promised")
             evidence += [f"{name}.{layer.path}: {reason}" for layer, reason in wrong]
     for layer in layers:
-        if layer.format and (layer.component not in meant or _is_skipped(given, layer)):
+        if layer.format and not layer.linear:
+            problems.append(f"{layer.component}.{layer.path} is quantized, though no Linear layer")
+        elif layer.format and (layer.component not in meant or _is_skipped(given, layer)):
             where = "named in skip_modules" if layer.component in meant else "not among the components meant"
             problems.append(f"{layer.component}.{layer.path} is quantized, though {where}")
+    for layer in given.observation.layers_after:
+        if layer.component in meant:
+            now = f"in {layer.format}" if layer.format else f"a plain {layer.kind.rpartition('.')[2]} in {layer.dtype}"
+            problems.append(f"{layer.component}.{layer.path} was changed by a call: it is {now} after it")
     problems += _wrong_dtypes(given)
     stored = sum(layer.weight_bytes + layer.state_bytes for layer in quantized_layers)
     parameters = sum(layer.parameters for layer in quantized_layers)
@@ -108,8 +114,8 @@ def _wrong(given: Evidence, layer: Layer) -> str:
         if bool(kwargs.get("bnb_4bit_use_double_quant", False)) != layer.double_quantized:
             return "double-quantized, though not asked for" if layer.double_quantized else "not double-quantized"
         compute = kwargs.get("bnb_4bit_compute_dtype")
-        if compute is not None and layer.compute_dtype and layer.compute_dtype != compute:
-            return f"computes in {layer.compute_dtype}, not {compute}"
+        if compute is not None and layer.compute_dtype != compute:
+            return f"computes in {layer.compute_dtype or 'whatever comes in'}, not {compute}"
     if layer.state_bytes == 0:
         return "its inner tensors (absmax or SCB) are missing"
     return ""
@@ -126,7 +132,7 @@ def _wrong_dtypes(given: Evidence) -> list[str]:
         record = given.component(other.component)
         kept = record.kept_float32 if record is not None else ()
         plain = [n for n in other.examples if not any(is_named(n.rpartition(".")[0], k) for k in kept)]
-        if plain and not (other.dtype == "float32" and len(plain) < 1):
+        if plain:
             problems.append(
                 f"{counted(len(plain), 'parameter')} of {other.component} in {other.dtype}, "
                 f"not {given.recipe.dtype} ({plain[0]})"

@@ -23,8 +23,9 @@ _ATTRIBUTE = re.compile(r"^(?:not )?(?:hasattr\()?self[.\[]")
 def judge(given: Evidence) -> Verdict:
     """See the module."""
     compiles, limits = given.observation.compiles, given.limits
-    recompiles = [f for f in compiles.recompiles if f.outcome != "limit" and _counts(given, f)]
-    exhausted = list(compiles.limits)
+    own = [f for f in compiles.recompiles if f.call in given.own_calls]
+    recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
+    exhausted = [f for f in compiles.limits if f.call in given.own_calls]
     late = [f for f in recompiles if f.call >= limits.warmup_calls]
     figures: dict[str, Any] = {
         "recompiles": len(recompiles),
@@ -68,7 +69,7 @@ def judge(given: Evidence) -> Verdict:
         return verdict
     if not compiles.graphs:
         return given.unverified(NAME, "no graph was compiled, so nothing can be said of recompiles", **figures)
-    calls = len([c for c in given.observation.calls if c.index >= limits.warmup_calls])
+    calls = len([c for c in given.observation.calls if c.kind == "call" and c.index >= limits.warmup_calls])
     if calls == 0:
         return given.unverified(
             NAME, f"no call came after the warm-up: call.calls must be more than {limits.warmup_calls}", **figures

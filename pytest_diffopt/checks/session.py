@@ -49,7 +49,7 @@ class Session:
         self._allow_hub = allow_hub
         self._compile_backend = compile_backend
         self._progress = progress
-        self._observations: dict[str, Observation] = {}
+        self._observations: dict[tuple[str, bool], Observation] = {}
 
     @property
     def accelerator(self) -> Accelerator:
@@ -61,7 +61,11 @@ class Session:
 
     def observe(self, recipe: Recipe) -> Observation:
         """What happened when the recipe ran; run at the first call, for all recipes of the same content."""
-        found = self._observations.get(recipe.content_hash)
+        return self._observe(recipe, force_eager=False)
+
+    def _observe(self, recipe: Recipe, *, force_eager: bool) -> Observation:
+        key = recipe.content_hash, force_eager
+        found = self._observations.get(key)
         if found is None:
             from pytest_diffopt.observation.observing import observe
 
@@ -71,8 +75,9 @@ class Session:
                 allow_hub=self._allow_hub,
                 compile_backend=self._compile_backend,
                 progress=self._progress,
+                force_eager=force_eager,
             )
-            self._observations[recipe.content_hash] = found
+            self._observations[key] = found
         return found
 
     def evidence(self, recipe: Recipe) -> Evidence:
@@ -80,11 +85,18 @@ class Session:
         observation = self.observe(recipe)
         reference = observation
         if recipe.compilation or recipe.offloading is not None:
-            reference = self.observe(recipe.without("compilation", "offloading", "dynamo"))
+            # eager also where the factory compiles by itself; otherwise a wrong compiler would be compared with itself
+            eager = recipe.without("compilation", "offloading", "dynamo")
+            reference = self._observe(eager, force_eager=bool(recipe.compilation))
         resident = None
         if recipe.offloading is not None and observation.memory is not None:
             resident = self.observe(recipe.without("offloading"))
-        limits = derive(recipe.contract, compilations=recipe.compilation, offloading=recipe.offloading)
+        limits = derive(
+            recipe.contract,
+            compilations=recipe.compilation,
+            offloading=recipe.offloading,
+            quantization=recipe.quantization,
+        )
         return Evidence(recipe, observation, limits, reference, resident)
 
     def judge(self, recipe: Recipe, check: str) -> Verdict:

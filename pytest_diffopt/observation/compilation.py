@@ -46,17 +46,30 @@ def place_of(code: CodeType) -> Place:
     return Place(short_path(code.co_filename), code.co_firstlineno, getattr(original, "co_qualname", original.co_name))
 
 
-def meant_code(function: Any) -> CodeType | None:
-    """The code object that a compiled callable is meant to run: a module's own ``forward``, under any decorator."""
+def meant_codes(function: Any) -> tuple[CodeType, ...]:
+    """The code objects that a compiled callable is meant to run, under any decorator, the first of them by preference.
+
+    For a module: its class's ``forward``, and the one that was put on the instance, where there is one.
+    """
     import torch
 
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, torch.nn.Module):
-        function = type(owner).forward
+    if not isinstance(owner, torch.nn.Module):
+        code = _innermost_code(function)
+        return (code,) if code is not None else ()
+    functions = [type(owner).forward]
+    if "forward" in vars(owner):
+        functions.append(vars(owner)["forward"])
+    codes = [code for code in map(_innermost_code, functions) if code is not None]
+    unimplemented = _innermost_code(torch.nn.Module.forward)
+    return tuple(dict.fromkeys(code for code in codes if code is not unimplemented))
+
+
+def _innermost_code(function: Any) -> CodeType | None:
     seen = set()
-    while hasattr(function, "__wrapped__") and id(function) not in seen:
+    while id(function) not in seen:
         seen.add(id(function))
-        function = function.__wrapped__
+        function = getattr(function, "func", getattr(function, "__wrapped__", function))  # partials, decorators
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
@@ -69,7 +82,7 @@ class _Entry:
     component: str
     region: str
     place: Place
-    meant: CodeType | None
+    meant: tuple[CodeType, ...]
     active: bool
     runs: int = 0
     operations: int = 0
@@ -203,11 +216,11 @@ class CompileWatch:
 
     def region_entered(self, function: Any, active: bool) -> None:
         component, region = self._name(getattr(function, "__self__", None))
-        code = meant_code(function)
-        place = place_of(code) if code else Place("", 0, getattr(function, "__qualname__", repr(function)))
+        codes = meant_codes(function)
+        place = place_of(codes[0]) if codes else Place("", 0, getattr(function, "__qualname__", repr(function)))
         if not component and not region:
             region = place.function
-        entry = _Entry(component, region, place, code, active)
+        entry = _Entry(component, region, place, codes, active)
         if not active:
             entry.notes.append("a compiler stance makes Dynamo stand aside")
         self._entries.append(entry)
@@ -267,7 +280,7 @@ class CompileWatch:
             for entry in self._entries:
                 entry.runs += 1
                 entry.operations += operations
-                if operations and (entry.meant is None or entry.meant in made_from):
+                if operations and (not entry.meant or made_from.intersection(entry.meant)):
                     entry.engaged = True
 
         return ran
@@ -320,7 +333,7 @@ class CompileWatch:
     def frame_passed_over(self, reason: str, code: CodeType) -> None:
         if (
             self._entries
-            and private_torch.original_code(code) is self._entries[-1].meant
+            and private_torch.original_code(code) in self._entries[-1].meant
             and not self._entries[-1].notes
         ):
             self._note(f"{place_of(code)} was not traced: {reason}")

@@ -27,7 +27,11 @@ def kind_of(value: object) -> str:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's own elements."""
+    """Bytes of a tensor's own elements; 0 for a lazy parameter that has no shape yet."""
+    from torch.nn.parameter import is_lazy
+
+    if is_lazy(tensor):
+        return 0
     return tensor.numel() * tensor.element_size()
 
 
@@ -44,12 +48,20 @@ def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
         yield from _state_tensors(nested)
 
 
+def is_quantized_embedding(module: Any) -> bool:
+    """Whether a module is a quantized table of embeddings: no Linear layer, but its weight counts as quantized."""
+    return is_quantized_class(module) and hasattr(module, "num_embeddings")
+
+
 def read_layer(component: str, path: str, module: Any) -> Layer:
-    """What a Linear-like layer holds, read off its tensors."""
+    """What a Linear-like layer, or a quantized embedding, holds, read off its tensors."""
     import torch
 
     weight = getattr(module, "weight", None)
-    count = int(module.in_features) * int(module.out_features)
+    linear = is_linear_like(module)
+    in_features = int(module.in_features if linear else module.num_embeddings)
+    out_features = int(module.out_features if linear else module.embedding_dim)
+    count = in_features * out_features
     state_bytes, form, double, compute = 0, "", False, dtype_name(getattr(module, "compute_dtype", None))
     stored = int(tensor_bytes(weight)) if isinstance(weight, torch.Tensor) else 0
     state = getattr(weight, "quant_state", None)
@@ -73,11 +85,12 @@ def read_layer(component: str, path: str, module: Any) -> Layer:
         format=form,
         dtype=dtype_name(getattr(weight, "dtype", None)),
         compute_dtype=compute,
-        in_features=int(module.in_features),
-        out_features=int(module.out_features),
+        in_features=in_features,
+        out_features=out_features,
         weight_bytes=stored,
         state_bytes=state_bytes,
         double_quantized=double,
+        linear=linear,
     )
 
 
@@ -86,17 +99,19 @@ def manifest(component: str, module: torch.nn.Module) -> tuple[tuple[Layer, ...]
 
     A tensor that two modules share is counted once.
     """
+    from torch.nn.parameter import is_lazy
+
     layers: list[Layer] = []
     quantized_weights = set()
     for path, inner in module.named_modules():
-        if is_linear_like(inner):
+        if is_linear_like(inner) or is_quantized_embedding(inner):
             layer = read_layer(component, path, inner)
             layers.append(layer)
             if layer.format not in ("", "unquantized"):
                 quantized_weights.add(id(inner.weight))
     rest: dict[str, list[tuple[str, int, int]]] = {}
     for name, parameter in module.named_parameters():
-        if id(parameter) in quantized_weights or not parameter.dtype.is_floating_point:
+        if id(parameter) in quantized_weights or not parameter.dtype.is_floating_point or is_lazy(parameter):
             continue
         rest.setdefault(dtype_name(parameter.dtype), []).append((name, parameter.numel(), tensor_bytes(parameter)))
     others = tuple(

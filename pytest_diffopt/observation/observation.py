@@ -138,6 +138,7 @@ class Layer:
         dtype: of the stored weight.
         compute_dtype: of the multiplication, where the layer says.
         weight_bytes: of the stored weight; ``state_bytes``: of its inner tensors (``absmax``, ``SCB``, …).
+        linear: False for a quantized table of embeddings.
         parameters: the number of weights that the layer stands for (in_features × out_features).
     """
 
@@ -152,6 +153,7 @@ class Layer:
     weight_bytes: int
     state_bytes: int
     double_quantized: bool = False
+    linear: bool = True
 
     @property
     def parameters(self) -> int:
@@ -177,7 +179,8 @@ class Output:
         call: in which call. step: which run of the component in that call, from 0.
         leaf: which tensor of the result, e.g. ``"0"`` or ``"images"``.
         finite: no NaN, no infinity. overwritten: a later call changed this very tensor.
-        stride: 1 where every element is kept, else every stride-th of the flattened tensor.
+        stride: 1 where every element is kept, else every stride-th of the flattened tensor; complex numbers count as two.
+        sketch: where not every element is kept, sums of all of them under random signs, as ``values`` in float64.
         values: the elements as zlib-compressed little-endian float64 or float32, base64.
     """
 
@@ -191,6 +194,7 @@ class Output:
     values: str
     width: Literal[4, 8] = 4
     stride: int = 1
+    sketch: str = ""
     overwritten: bool = False
 
     @property
@@ -204,6 +208,13 @@ class Output:
         raw = zlib.decompress(base64.b64decode(self.values))
         return np.frombuffer(raw, dtype="<f8" if self.width == 8 else "<f4").astype(np.float64)
 
+    def sums(self) -> np.ndarray[Any, Any]:
+        """The sketch, in float64; empty where every element is kept."""
+        import numpy as np
+
+        raw = zlib.decompress(base64.b64decode(self.sketch)) if self.sketch else b""
+        return np.frombuffer(raw, dtype="<f8")
+
 
 def encode_values(array: np.ndarray[Any, Any]) -> str:
     """The inverse of :meth:`Output.array`, for an array of little-endian float32 or float64."""
@@ -212,7 +223,10 @@ def encode_values(array: np.ndarray[Any, Any]) -> str:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call of the pipeline: its kind, what was asked, and how long it took (seconds, wall clock)."""
+    """One call of the pipeline: its kind, what was asked, and how long it took (seconds, wall clock).
+
+    ``inputs`` is a digest of what went in: equal for calls with equal inputs.
+    """
 
     index: int
     kind: Literal["call", "sensitivity"]
@@ -220,6 +234,7 @@ class CallRecord:
     prompt: str = ""
     size: tuple[int, ...] = ()
     steps: int = 0
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -317,6 +332,7 @@ class Observation:
         recipe: the recipe as plain data. content_hash: of what was observed, see :attr:`Recipe.content_hash`.
         accelerator: the device's kind (``"cuda"``, ``"cpu"``, …). device: its name.
         versions: of python, torch and the libraries.
+        layers_after: layers that the calls left otherwise than they were.
         precise_outputs: of the same calls, eager, in a higher precision, where asked for and possible.
         notes: warnings of libraries, and what could not be observed.
         memory: of the accelerator; None where it does not count it.
@@ -333,6 +349,7 @@ class Observation:
     compiles: CompileRecord = CompileRecord()
     layers: tuple[Layer, ...] = ()
     other_parameters: tuple[OtherParameters, ...] = ()
+    layers_after: tuple[Layer, ...] = ()
     outputs: tuple[Output, ...] = ()
     precise_outputs: tuple[Output, ...] = ()
     precise_dtype: str = ""

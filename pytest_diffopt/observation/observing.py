@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.observation import private_torch
@@ -33,12 +33,12 @@ from pytest_diffopt.observation.observation import (
     Output,
     StateChange,
 )
-from pytest_diffopt.observation.outputs import OutputRecorder
+from pytest_diffopt.observation.outputs import OutputRecorder, leaves
 from pytest_diffopt.observation.probes import (
     SENSITIVITY_SEED,
     cast_tensors,
     counting_executions,
-    perturbed,
+    perturb,
     recording,
     widen,
 )
@@ -59,6 +59,7 @@ def observe(
     *,
     accelerator: Accelerator | None = None,
     precise: bool | None = None,
+    force_eager: bool = False,
     allow_hub: bool = False,
     compile_backend: str | None = None,
     progress: Callable[[str], None] | None = None,
@@ -72,6 +73,7 @@ def observe(
         accelerator: where; by default the one that :func:`pytest_diffopt.accelerators.select` finds.
         precise: also run the calls in a higher precision, as the yardstick of parity. By default where the recipe is a
             reference itself: neither compiled nor offloaded.
+        force_eager: run eager whatever a factory compiled itself: a reference must be one.
         allow_hub: let hub ids that resolve to nothing local go to the hub.
         compile_backend: used instead of the backends that the recipe names.
         progress: called with a few words whenever a frame begins to compile.
@@ -80,6 +82,7 @@ def observe(
     with _quietly():
         _import_libraries()
     run = _Run(recipe, accelerator, allow_hub, compile_backend, progress)
+    run.force_eager = force_eager
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
     with state.borrowed_state(), _quietly() as caught:
@@ -136,6 +139,7 @@ class _Run:
         self.accelerator = accelerator
         self.allow_hub = allow_hub
         self.backend = backend
+        self.force_eager = False
         self.watch = CompileWatch()
         self.watch.on_compile = progress
         self.recorder = OutputRecorder()
@@ -145,6 +149,7 @@ class _Run:
         self.components: list[ComponentRecord] = []
         self.layers: list[Layer] = []
         self.other_parameters: list[OtherParameters] = []
+        self.layers_after: list[Layer] = []
         self.executions: dict[tuple[int, str, str], int] = {}
         self.state_changes: list[StateChange] = []
         self.notes: list[str] = []
@@ -164,7 +169,7 @@ class _Run:
                 with self.watch:
                     try:
                         self._prepare_and_call(before)
-                    except Exception as error:
+                    except (Exception, SystemExit) as error:
                         self._note_failure(error)
                         broke = private_torch.is_graph_break(error)
                 self._compare_state(before, state.take_snapshot(), with_random=False)
@@ -177,6 +182,12 @@ class _Run:
     def _prepare_and_call(self, before: state.Snapshot) -> None:
         self.memory.open()
         prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
+        try:
+            self._run_calls(prepared, before)
+        finally:
+            prepared.release()
+
+    def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
         self.memory.loaded()
         self._describe(prepared)
         self._compare_state(before, state.take_snapshot(), with_random=False)
@@ -188,11 +199,16 @@ class _Run:
             self.watch.naming(prepared.module_names()),
             recording(prepared, self.recorder),
             self._same_noise(prepared, replay=False),
+            self._stance(),
             counting,
         ):
             for call in range(self.recipe.call.count):
                 self._call(prepared, call, "call")
-            self._sensitivity_call(prepared)
+            try:
+                self._sensitivity_call(prepared)
+            except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
+                self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
+        self._compare_layers(prepared)
         random_after = state.take_snapshot()
         for difference in state.differences(random_before, random_after, with_random=True):
             if difference.name in state.RNG_NAMES:
@@ -200,12 +216,21 @@ class _Run:
                     StateChange(difference.name, difference.before, difference.after, "the calls")
                 )
 
+    def _stance(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        if not self.force_eager:
+            return contextlib.nullcontext()
+        return cast("contextlib.AbstractContextManager[Any]", torch.compiler.set_stance("force_eager"))
+
     def _call(self, prepared: Prepared, call: int, kind: Any, **changed: Any) -> None:
         self.phase = f"call {call}" if kind == "call" else "the sensitivity run"
         self.watch.call = self.recorder.call = call
         arguments = prepared.arguments(0 if kind == "sensitivity" else call, **changed)
-        if prepared.is_model and kind == "sensitivity":
-            arguments = perturbed(arguments)
+        if prepared.is_model and kind == "sensitivity" and not perturb(arguments):
+            self.notes.append("no sensitivity run: the model's inputs hold nothing that could be changed")
+            return
+        inputs = digest(arguments)
         self.memory.call_begins()
         started = time.perf_counter()
         result = prepared.run(arguments)
@@ -225,6 +250,7 @@ class _Run:
                 prompt="" if prepared.is_model else str(arguments.get("prompt", "")),
                 size=tuple(asked.size(call) or ()),
                 steps=0 if prepared.is_model else asked.num_inference_steps,
+                inputs=inputs,
             )
         )
 
@@ -271,7 +297,16 @@ class _Run:
             if difference.name not in known:
                 self.state_changes.append(StateChange(difference.name, difference.before, difference.after, self.phase))
 
-    def _note_failure(self, error: Exception) -> None:
+    def _compare_layers(self, prepared: Prepared) -> None:
+        """Write down layers whose format a call changed: swapped, or dequantized."""
+        before = {(layer.component, layer.path): layer for layer in self.layers}
+        for name, module in prepared.components.items():
+            for layer in manifest(name, compilation.original_module(module))[0]:
+                earlier = before.get((layer.component, layer.path))
+                if earlier is None or earlier.format != layer.format:
+                    self.layers_after.append(layer)
+
+    def _note_failure(self, error: BaseException) -> None:
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         self.failure = Failure(
             phase=self.phase,
@@ -305,8 +340,9 @@ class _Run:
         try:
             with dynamo_settings(self.recipe.dynamo):
                 prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub)
+                prepared.detach()  # a factory may return the same object again, which must not stay wide
                 wide = widen(prepared)
-                with recording(prepared, recorder), self._same_noise(prepared, replay=True):
+                with recording(prepared, recorder), self._same_noise(prepared, replay=True), self._stance():
                     for record in self.calls:
                         recorder.call = record.index
                         changed: dict[str, Any] = {}
@@ -318,13 +354,13 @@ class _Run:
                         arguments = prepared.arguments(0 if record.kind == "sensitivity" else record.index, **changed)
                         if prepared.is_model:
                             if record.kind == "sensitivity":
-                                arguments = perturbed(arguments)
+                                perturb(arguments)
                             arguments = cast_tensors(arguments, wide)
                         result = prepared.run(arguments)
                         recorder.record("", result)
                         if prepared.is_model:
                             recorder.record("inputs after the call", arguments)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        except Exception as error:
             # not every model runs in another dtype than it was written for: then the dtype's own rounding is the floor
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             self.notes.append(f"no run in a higher precision: {type(error).__name__}: {first}")
@@ -390,6 +426,7 @@ class _Run:
             compiles=compiles,
             layers=tuple(self.layers),
             other_parameters=tuple(self.other_parameters),
+            layers_after=tuple(self.layers_after),
             outputs=self.outputs,
             precise_outputs=self.precise_outputs,
             precise_dtype=self.precise_dtype,
@@ -402,6 +439,22 @@ class _Run:
             notes=tuple(self.notes),
             memory=self.memory.record,
         )
+
+
+def digest(arguments: dict[str, Any]) -> str:
+    """A digest of what goes into a call: tensors by their elements, everything else by its text where it is plain."""
+    import hashlib
+
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in leaves(arguments):
+        dense = tensor.detach().cpu().to_dense() if tensor.layout != torch.strided else tensor.detach().cpu()
+        found.update(f"{name} {dense.dtype} {tuple(dense.shape)}".encode())
+        found.update(dense.resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float | bool)}
+    found.update(repr(sorted(plain.items())).encode())
+    return found.hexdigest()
 
 
 def versions() -> dict[str, str]:

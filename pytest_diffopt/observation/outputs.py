@@ -20,6 +20,10 @@ KEPT_ELEMENTS = 1 << 18
 """Of a larger tensor every n-th element is kept, so that an observation stays a few megabytes."""
 
 
+SKETCHES = 32
+"""Random sums kept of a larger tensor; their spread estimates a distance to about an eighth."""
+
+
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, tensor) of every tensor, array, image or number inside a result, in a fixed order."""
     import numpy as np
@@ -45,6 +49,9 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(getattr(value, entry.name), f"{name}.{entry.name}" if name else entry.name)
     elif hasattr(value, "getbands") and hasattr(value, "size"):  # a PIL image
         yield name or "0", torch.from_numpy(np.array(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module) and not callable(value):
+        for key, item in vars(value).items():
+            yield from leaves(item, f"{name}.{key}" if name else key)
 
 
 @dataclass
@@ -81,6 +88,8 @@ class OutputRecorder:
         self._steps[key] = step + 1
         with torch.no_grad():
             for leaf, tensor in leaves(value):
+                if tensor.layout != torch.strided:
+                    tensor = tensor.to_dense()
                 copy = tensor.detach().to("cpu", copy=True)
                 self._kept.append(_Kept(self.call, component, step, leaf, copy, tensor if hold else copy))
 
@@ -105,11 +114,9 @@ def _output(kept: _Kept) -> Output:
     overwritten = False
     if kept.original is not copy:
         now = kept.original.detach().to("cpu")
-        overwritten = now.shape != copy.shape or not torch.equal(
-            torch.nan_to_num(now.double()), torch.nan_to_num(copy.double())
-        )
-    wide = copy.dtype in (torch.float64, torch.int64, torch.int32)
-    flat = (copy.real if copy.is_complex() else copy).reshape(-1)
+        overwritten = now.shape != copy.shape or not torch.equal(torch.nan_to_num(now), torch.nan_to_num(copy))
+    wide = copy.dtype in (torch.float64, torch.complex128, torch.int64, torch.int32)
+    flat = (torch.view_as_real(copy.resolve_conj()) if copy.is_complex() else copy).reshape(-1)
     finite = bool(torch.isfinite(flat.float() if not wide else flat.double()).all())
     stride = max(1, -(-flat.numel() // KEPT_ELEMENTS))
     array = flat[::stride].to(torch.float64 if wide else torch.float32).contiguous().numpy()
@@ -124,5 +131,19 @@ def _output(kept: _Kept) -> Output:
         values=encode_values(array.astype("<f8" if wide else "<f4")),
         width=8 if wide else 4,
         stride=stride,
+        sketch=_sketch(flat) if stride > 1 else "",
         overwritten=overwritten,
     )
+
+
+def _sketch(flat: torch.Tensor) -> str:
+    """Sums of all elements under random signs: they differ where any element does, also one that is not kept."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    wide = torch.nan_to_num(flat.double())
+    sums = [
+        (wide * (torch.randint(0, 2, wide.shape, generator=generator, dtype=torch.int8) * 2 - 1)).sum()
+        for _ in range(SKETCHES)
+    ]
+    return encode_values(torch.stack(sums).numpy().astype("<f8"))

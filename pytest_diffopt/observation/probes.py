@@ -6,12 +6,15 @@ None of them touches compiled code: a module that is compiled whole is recorded 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.observation.compilation import meant_code
+from pytest_diffopt.observation.compilation import meant_codes
+from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.preparation import compilation
 from pytest_diffopt.preparation.quantization import has_quantized_layers
 
@@ -31,43 +34,62 @@ def recording(prepared: Prepared, recorder: OutputRecorder) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not prepared.is_model:
             for name, module in prepared.components.items():
-                _record_component(stack, name, module, recorder)
+                _Recording(name, module, recorder).install(stack)
         yield
 
 
-def _record_component(
-    stack: contextlib.ExitStack, name: str, module: torch.nn.Module, recorder: OutputRecorder
-) -> None:
-    compiled_call: Any = getattr(module, "_compiled_call_impl", None)
-    if compiled_call is not None:
+class _Recording:
+    """Records one component: its call, and an autoencoder's ``encode`` and ``decode``; only the outermost of them."""
 
-        def from_outside(*args: Any, **kwargs: Any) -> Any:
-            result = compiled_call(*args, **kwargs)
-            recorder.record(name, result)
+    def __init__(self, name: str, module: torch.nn.Module, recorder: OutputRecorder) -> None:
+        self.name, self.module, self.recorder = name, module, recorder
+        self.depth = 0
+
+    def install(self, stack: contextlib.ExitStack) -> None:
+        module: Any = self.module
+        compiled_call = getattr(module, "_compiled_call_impl", None)
+        if compiled_call is not None:
+            self._replace(stack, "_compiled_call_impl", self._around(compiled_call))
+        else:
+            stack.callback(module.register_forward_pre_hook(self._entered).remove)
+            stack.callback(module.register_forward_hook(self._left, always_call=True).remove)
+        for method in ("encode", "decode"):
+            original = getattr(module, method, None)
+            if inspect.ismethod(original):  # a submodule of that name is no method
+                self._replace(stack, method, self._around(original))
+
+    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            if torch.compiler.is_compiling():  # traced as part of something else: nothing of ours may enter its guards
+                return original(*args, **kwargs)
+            self.depth += 1
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self.depth -= 1
+            if self.depth == 0:
+                self.recorder.record(self.name, result)
             return result
 
-        object.__setattr__(module, "_compiled_call_impl", from_outside)
-        stack.callback(object.__setattr__, module, "_compiled_call_impl", compiled_call)
-    else:
-        handle = module.register_forward_hook(lambda inner, args, result: recorder.record(name, result))
-        stack.callback(handle.remove)
-    for method in ("encode", "decode"):  # an autoencoder is called by these, not by its forward
-        original: Any = getattr(module, method, None)
-        if not callable(original):
-            continue
+        return recorded
 
-        def recorded(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            result = _original(*args, **kwargs)
-            recorder.record(name, result)
-            return result
+    def _entered(self, *_: Any) -> None:
+        self.depth += 1
 
-        own = method in vars(module)
-        object.__setattr__(module, method, recorded)
-        stack.callback(object.__setattr__ if own else _delete_attribute, module, method, *([original] if own else []))
+    def _left(self, _module: Any, _args: Any, result: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0 and result is not None:
+            self.recorder.record(self.name, result)
 
-
-def _delete_attribute(module: Any, name: str) -> None:
-    object.__delattr__(module, name)
+    def _replace(self, stack: contextlib.ExitStack, attribute: str, value: Any) -> None:
+        module = self.module
+        if attribute in vars(module):
+            stack.callback(object.__setattr__, module, attribute, vars(module)[attribute])
+        else:
+            stack.callback(object.__delattr__, module, attribute)
+        object.__setattr__(module, attribute, value)
 
 
 @contextlib.contextmanager
@@ -79,51 +101,62 @@ def counting_executions(
     Counted by code object, so that a caller who holds ``forward`` itself is counted like one who calls the module.
     """
     meant: set[CodeType] = set()
-    names: dict[int, tuple[str, str, CodeType]] = {}
+    names: dict[int, tuple[str, str, frozenset[CodeType]]] = {}
     for component, module in prepared.components.items():
         root = compilation.original_module(module)
         paths = {path: inner for path, inner in root.named_modules() if path == "" or path.rpartition(".")[2].isdigit()}
         repeated = set(getattr(root, "_repeated_blocks", None) or ())
         paths |= {path: inner for path, inner in root.named_modules() if type(inner).__name__ in repeated}
         for path, inner in paths.items():
-            code = meant_code(inner._call_impl)
-            if code is not None:
-                meant.add(code)
-                names[id(inner)] = (component, path, code)
-    before = sys.getprofile()
+            codes = meant_codes(inner._call_impl)
+            if codes:
+                own = next(iter(codes))  # the class's forward where it has one: what every way of calling it runs
+                meant.add(own)
+                names[id(inner)] = (component, path, frozenset({own}))
+    before, before_in_threads = sys.getprofile(), threading.getprofile()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code in meant:
             named = names.get(id(frame.f_locals.get("self")))
-            if named is not None and named[2] is frame.f_code:  # not a base class's forward that it calls
+            if named is not None and frame.f_code in named[2]:  # not a base class's forward that it calls
                 key = (current_call(), named[0], named[1])
                 counts[key] = counts.get(key, 0) + 1
 
+    threading.setprofile(profile)
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(before)
+        threading.setprofile(before_in_threads)
 
 
-def perturbed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's inputs with every floating tensor changed by noise of its own size: the inputs of a sensitivity run."""
+def perturb(arguments: Mapping[str, Any]) -> bool:
+    """Change a model's inputs in place, for a sensitivity run; says whether anything could be changed.
+
+    In place, so that strides, views of one storage and the same tensor given twice stay what they are. Numbers shrink by
+    up to a third, so that a mask's infinities, a position's range and the sign of a scale stay valid; integers are put in
+    another order, so that they stay valid indices.
+    """
     import torch
 
     generator = torch.Generator("cpu").manual_seed(SENSITIVITY_SEED)
-
-    def change(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
-            scale = float(value.detach().float().std()) if value.numel() > 1 else abs(float(value.detach().float()))
-            return (value + (noise * (scale or 1.0)).to(value.device, value.dtype)).to(value.dtype)
-        if isinstance(value, dict):
-            return {key: change(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(change(item) for item in value)
-        return value
-
-    return {name: change(value) for name, value in arguments.items()}
+    changed = False
+    seen = set()
+    with torch.no_grad():
+        for _, tensor in leaves(arguments):
+            if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in seen:
+                continue
+            seen.add(tensor.untyped_storage().data_ptr())
+            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+            if tensor.is_floating_point() or tensor.is_complex():
+                shrink = 1 - torch.rand(flat.shape, generator=generator) / 3
+                new = torch.where(torch.isfinite(flat), flat * shrink.to(flat.device, flat.real.dtype), flat)
+            else:
+                new = flat.flip(0)
+            changed |= not torch.equal(torch.nan_to_num(new), torch.nan_to_num(flat))
+            flat.copy_(new)
+    return changed
 
 
 def widen(prepared: Prepared) -> torch.dtype:

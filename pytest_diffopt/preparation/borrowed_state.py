@@ -117,37 +117,55 @@ def _write_stance(value: Any) -> None:
     eval_frame._set_stance(eval_frame.DynamoStance(stance, unsafe, backend))
 
 
-_MODULE_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+def _global_module_hooks() -> list[str]:
+    module = importlib.import_module("torch.nn.modules.module")
+    return sorted(name for name in vars(module) if name.startswith("_global_") and hasattr(vars(module)[name], "items"))
 
 
 def _read_module_hooks() -> Any:
     module = importlib.import_module("torch.nn.modules.module")
-    return tuple(tuple(getattr(module, name).items()) for name in _MODULE_HOOKS)
+    return tuple((name, tuple(getattr(module, name).items())) for name in _global_module_hooks())
 
 
 def _write_module_hooks(value: Any) -> None:
     module = importlib.import_module("torch.nn.modules.module")
-    for name, items in zip(_MODULE_HOOKS, value, strict=True):
+    for name, items in value:
         hooks = getattr(module, name)
         hooks.clear()
         hooks.update(items)
 
 
-_LOGGERS = ("torch", "torch._dynamo", "torch._inductor", "torch.__trace", "diffusers", "transformers", "accelerate")
+_LIBRARY_LOGGERS = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
 def _read_logging() -> Any:
-    return tuple((name, logging.getLogger(name).level, logging.getLogger(name).disabled) for name in _LOGGERS)
+    known = logging.Logger.manager.loggerDict
+    # a logger that did not exist has no level of its own: it need not be written down to be compared
+    levels = {
+        name: (logger.level, logger.disabled)
+        for name, logger in list(known.items())
+        if isinstance(logger, logging.Logger)
+        and name.split(".")[0] in _LIBRARY_LOGGERS
+        and (logger.level, logger.disabled) != (logging.NOTSET, False)
+    }
+    return {"": (logging.root.level, logging.root.disabled), **levels}
 
 
 def _write_logging(value: Any) -> None:
-    for name, level, disabled in value:
-        logging.getLogger(name).setLevel(level)
-        logging.getLogger(name).disabled = disabled
+    for name in {*value, *_read_logging()}:
+        logger = logging.getLogger(name) if name else logging.root
+        level, logger.disabled = value.get(name, (logging.NOTSET, False))
+        logger.setLevel(level)
+
+
+_ENVIRONMENT = (
+    *("TORCH", "PYTORCH", "DIFFUSERS", "TRANSFORMERS", "HF_", "ACCELERATE", "BNB", "BITSANDBYTES", "TOKENIZERS"),
+    *("CUDA", "NVIDIA", "OMP_", "MKL_", "TRITON"),
+)
 
 
 def _read_environment() -> Any:
-    return {k: v for k, v in os.environ.items() if k.startswith(("TORCH", "PYTORCH", "DIFFUSERS", "CUDA", "BNB"))}
+    return {k: v for k, v in os.environ.items() if k.startswith(_ENVIRONMENT)}
 
 
 def _write_environment(value: Any) -> None:
@@ -155,6 +173,64 @@ def _write_environment(value: Any) -> None:
         if name not in value:
             del os.environ[name]
     os.environ.update(value)
+
+
+_FLAGS = (
+    "backends.cudnn.enabled",
+    "backends.cudnn.benchmark",
+    "backends.cudnn.benchmark_limit",
+    "backends.cudnn.deterministic",
+    "backends.mkldnn.enabled",
+    "backends.mkldnn.deterministic",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation",
+    "utils.deterministic.fill_uninitialized_memory",
+)
+
+
+def _has(path: str) -> bool:
+    found = _torch()
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except (AttributeError, RuntimeError):
+            return False
+    return True
+
+
+def _read_print_options() -> Any:
+    options = importlib.import_module("torch._tensor_str").PRINT_OPTS
+    return tuple(sorted(vars(options).items(), key=lambda item: item[0])) if vars(options) else ()
+
+
+def _write_print_options(value: Any) -> None:
+    options = importlib.import_module("torch._tensor_str").PRINT_OPTS
+    for name, held in value:
+        setattr(options, name, held)
+
+
+def _read_function_modes() -> int:
+    return int(_torch()._C._len_torch_function_stack())
+
+
+def _write_function_modes(count: int) -> None:
+    torch = _torch()
+    while torch._C._len_torch_function_stack() > count:
+        torch._C._pop_torch_function_stack()
+
+
+def _read_attention_backend() -> Any:
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None)
+
+
+def _write_attention_backend(value: Any) -> None:
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    if registry is not None and value is not None:
+        registry._active_backend = value
 
 
 def _autocast(kind: str) -> Global:
@@ -177,8 +253,11 @@ def _globals() -> tuple[Global, ...]:
         Global("torch grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
         Global("torch.float32_matmul_precision", torch.get_float32_matmul_precision, _write_matmul_precision),
         *_precisions(),
-        _attribute("torch.backends.cudnn.benchmark", "backends.cudnn.benchmark"),
-        _attribute("torch.backends.cudnn.deterministic", "backends.cudnn.deterministic"),
+        *(_attribute(f"torch.{path}", path) for path in _FLAGS if _has(path)),
+        Global("torch autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+        Global("torch print options", _read_print_options, _write_print_options),
+        Global("torch function modes", _read_function_modes, _write_function_modes),
+        Global("diffusers attention backend", _read_attention_backend, _write_attention_backend),
         Global(
             "torch deterministic algorithms",
             lambda: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
@@ -16,6 +16,24 @@ if TYPE_CHECKING:
 
 _ENOUGH_LINEARS = 4
 """A repeated module with fewer Linear layers is a projection, not a block worth compiling."""
+
+
+def compiled_ids(components: Mapping[str, torch.nn.Module]) -> set[int]:
+    """Identities of the modules that are compiled already."""
+    found = set()
+    for module in components.values():
+        root = original_module(module)
+        if is_compiled(module):
+            found.add(id(root))
+        found |= {id(inner) for inner in root.modules() if is_compiled(inner)}
+    return found
+
+
+def uncompile(module: torch.nn.Module, keep: set[int]) -> None:
+    """Take compiled calls off a module and its parts, except those that were there before."""
+    for inner in original_module(module).modules():
+        if id(inner) not in keep and getattr(inner, "_compiled_call_impl", None) is not None:
+            object.__setattr__(inner, "_compiled_call_impl", None)
 
 
 def original_module(module: torch.nn.Module) -> torch.nn.Module:
@@ -57,6 +75,7 @@ def compile_components(
     """
     import torch
 
+    own = compiled_ids(components)
     for compilation in compilations:
         if compilation.component not in components:
             raise PreparationError(
@@ -76,6 +95,8 @@ def compile_components(
             kwargs["mode"] = compilation.mode
         if compilation.options and not overridden:
             kwargs["options"] = dict(compilation.options)
+        if id(original_module(module)) in own:
+            continue  # a factory that compiled the component itself is judged as it stands
         if compilation.scope == "module":
             compile_module(module, kwargs)
         else:
@@ -90,7 +111,7 @@ def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[st
     wanted = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
     if not wanted:
         wanted = set(repeated_classes(module).values())
-    blocks = [block for block in module.modules() if type(block).__name__ in wanted]
+    blocks = [module.get_submodule(path) for path in outermost(_named(module, wanted))]
     if not blocks:
         raise PreparationError(
             f"compilation.scope: found 'repeated_blocks', but {name} ({type(module).__name__}) names no repeated "
@@ -98,6 +119,19 @@ def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[st
         )
     for block in blocks:
         compile_module(block, kwargs)
+
+
+def _named(module: torch.nn.Module, wanted: set[str]) -> list[str]:
+    return [path for path, inner in module.named_modules() if type(inner).__name__ in wanted]
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Paths that do not lie inside another of them: a compiled module's own parts are traced with it."""
+    found: list[str] = []
+    for path in sorted(paths, key=lambda path: path.count(".") if path else -1):
+        if not any(outer == "" or path.startswith(outer + ".") for outer in found):
+            found.append(path)
+    return found
 
 
 def compile_module(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
@@ -109,7 +143,7 @@ def compile_module(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     import torch
 
     own_compile = type(module).compile is not torch.nn.Module.compile
-    if own_compile or not type(module).forward.__module__.startswith("torch."):
+    if own_compile or not str(type(module).forward.__module__).startswith("torch."):
         module.compile(**kwargs)
         return
 

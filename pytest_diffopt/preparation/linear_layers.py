@@ -14,6 +14,8 @@ def is_linear_like(module: torch.nn.Module) -> bool:
 
     if isinstance(module, torch.nn.Linear):
         return True
+    if "weight" not in module._parameters:  # a wrapper that shows the sizes of the layer inside it
+        return False
     return isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )

@@ -34,6 +34,20 @@ def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading
     getattr(pipeline, method)(device=str(device))
 
 
+def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:
+    """Remove every offloading hook from a pipeline and its components."""
+    from accelerate.hooks import remove_hook_from_module
+
+    if hasattr(pipeline, "remove_all_hooks"):
+        pipeline.remove_all_hooks()
+    for module in components.values():
+        remove_hook_from_module(module, recurse=True)
+        for inner in module.modules():
+            registry: Any = getattr(inner, "_diffusers_hook", None)
+            for name in list(getattr(registry, "hooks", {})):
+                registry.remove_hook(name, recurse=False)
+
+
 def _hook_modules(components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> None:
     from accelerate import cpu_offload, cpu_offload_with_hook
 

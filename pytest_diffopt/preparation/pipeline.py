@@ -42,6 +42,7 @@ class Prepared:
     is_model: bool
     default_size: tuple[int, ...] | None = None
     default_kwargs: dict[str, Any] = field(default_factory=dict)
+    compiled_before: set[int] = field(default_factory=set)
     kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -94,6 +95,20 @@ class Prepared:
         with torch.no_grad():
             return self.pipeline(**arguments)
 
+    def release(self) -> None:
+        """Take off what was put on: compiled calls and offloading hooks. A factory may return the same object again."""
+        for module in self.components.values():
+            compilation.uncompile(module, self.compiled_before)
+        if self.recipe.offloading is not None:
+            offloading.take_off(self.pipeline, self.components)
+
+    def detach(self) -> None:
+        """Continue on a copy of what a factory returned, so that nothing more happens to the object itself."""
+        if not (callable(self.recipe.pipeline) or self.is_model):
+            return
+        self.pipeline = copy.deepcopy(self.pipeline)
+        self.components = _components(self.pipeline)
+
     def _placed(self, value: Any) -> Any:
         """Tensors on the device, floating ones in the recipe's dtype where it says one."""
         import torch
@@ -111,8 +126,8 @@ class Prepared:
             if isinstance(item, list):
                 item[:] = [place(entry) for entry in item]
                 return item
-            if type(item) is tuple:
-                return tuple(place(entry) for entry in item)
+            if isinstance(item, tuple):
+                return _like(item, [place(entry) for entry in item])
             return item
 
         return place(value)
@@ -124,9 +139,16 @@ def _thawed(value: Any) -> Any:
         return {key: _thawed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_thawed(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_thawed(item) for item in value)
+    if isinstance(value, tuple):
+        return _like(value, [_thawed(item) for item in value])
+    if type(value).__name__ == "Generator" and hasattr(value, "clone_state"):
+        return value.clone_state()  # every run draws the same, and none advances the recipe's own
     return value
+
+
+def _like(value: tuple[Any, ...], items: list[Any]) -> Any:
+    """The items as a tuple of the same class, a named tuple too."""
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def prepare(
@@ -150,6 +172,7 @@ def prepare(
         prepared.kept_plain[name] = quantization.kept_plain(module)
         prepared.kept_float32[name] = quantization.kept_float32(module)
         module.eval()
+    prepared.compiled_before = compilation.compiled_ids(prepared.components)
     if recipe.offloading is not None:
         offloading.offload(prepared.pipeline, prepared.components, recipe.offloading, accelerator.device)
     compilation.compile_components(prepared.components, recipe.compilation, backend=backend, fullgraph=fullgraph)

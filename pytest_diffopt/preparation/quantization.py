@@ -96,7 +96,9 @@ def quantize_in_place(
                 f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
             )
         for path, layer in list(components[name].named_modules()):
-            if type(layer) is not torch.nn.Linear or any(is_named(path, skip) for skip in skipped):
+            if not isinstance(layer, torch.nn.Linear) or is_quantized_class(layer):
+                continue
+            if any(is_named(path, skip) for skip in skipped):
                 continue
             new: Any
             if quantization.backend == "bitsandbytes_4bit":
