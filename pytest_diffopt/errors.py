@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class DiffoptError(Exception):
@@ -42,6 +43,7 @@ class RecipeError(DiffoptError, ValueError):
     def __init__(self, problems: Iterable[Problem], source: str = "recipe") -> None:
         self.problems = tuple(problems)
         self.source = source
+        self.recipes: dict[str, Any] = {}  # those of a file that are right, by name
         count = len(self.problems)
         lines = [f"{source}: {count} mistake{'' if count == 1 else 's'}"]
         lines += [f"  {problem}" for problem in self.problems]

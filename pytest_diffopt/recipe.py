@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -491,13 +492,26 @@ class Call(Part):
         if isinstance(self.inputs, tuple):
             made = self.inputs[k % len(self.inputs)]
         elif self.inputs is not None:
-            make = _imported(self.inputs) if isinstance(self.inputs, str) else self.inputs
-            made = make(k) if _takes_one(make) else make()
+            made = _made(_imported(self.inputs) if isinstance(self.inputs, str) else self.inputs, k)
         if not isinstance(made, Mapping):
             found = "nothing" if self.inputs is None else f"{shown(made)} for call {k}"
             allowed = "a dict of the model's keyword arguments, a list of these, or a callable that makes one"
             raise RecipeError([Problem("call.inputs", found, allowed)], "Call.model_inputs(...)")
         return dict(made)
+
+
+_made_inputs: weakref.WeakKeyDictionary[Callable[..., object], dict[int, object]] = weakref.WeakKeyDictionary()
+
+
+def _made(make: Callable[..., object], k: int) -> object:
+    """What a callable makes for call ``k``, made once: it may draw, and a recipe and its reference need the same."""
+    try:
+        kept = _made_inputs.setdefault(make, {})
+    except TypeError:  # it cannot be referred to weakly, or hashed
+        kept = {}
+    if k not in kept:
+        kept[k] = make(k) if _takes_one(make) else make()
+    return kept[k]
 
 
 def _imported(reference: str) -> Callable[..., object]:

@@ -79,7 +79,9 @@ def loads_recipes(text: str, source: str = "<string>") -> dict[str, Recipe]:
         raw = data.get("recipe")
         places = {name: place for place, name in enumerate(raw)} if isinstance(raw, dict) else {}
         mistakes.sort(key=lambda mistake: places.get(mistake.location[1], -1) if len(mistake.location) > 1 else -1)
-        raise RecipeError(problems_of(mistakes), source)
+        wrong = RecipeError(problems_of(mistakes), source)
+        wrong.recipes = recipes
+        raise wrong
     return recipes
 
 

@@ -39,6 +39,10 @@ def check(recipe: Recipe, *, session: Session | None = None) -> list[Verdict]:
     Args:
         session: shares observations between calls; by default each call observes anew.
     """
+    from pytest_diffopt.recipe import Recipe as RecipeClass
+
+    if not isinstance(recipe, RecipeClass):
+        raise TypeError(f"check: found {type(recipe).__name__}; it takes a Recipe")
     if session is None:
         from pytest_diffopt.checks.session import Session as NewSession
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
+from pytest_diffopt.observation.observation import DISABLED
 from pytest_diffopt.preparation.compilation import outermost
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def judge(given: Evidence) -> Verdict:
         frames = [f for f in given.observation.compiles.frames if f.component == compilation.component]
         graphs += sum(f.graphs for f in frames if f.outcome == "compiled")
         operations += sum(f.operations for f in frames if f.outcome == "compiled")
+    if problems:
+        evidence = [note for note in given.observation.notes if note.startswith(DISABLED)] + evidence
     figures: dict[str, Any] = {"engaged_calls": runs, "graphs": graphs, "operations": operations}
     if problems:
         return given.failed(NAME, "; ".join(problems), evidence=shortened(evidence), **figures)
@@ -74,6 +77,8 @@ def _of_component(given: Evidence, compilation: Compilation) -> tuple[list[str],
             f"{name} ran {expected} times in the eager reference: the pipeline calls the uncompiled forward, "
             f"by a hook or a reference held from before"
             if expected
+            else f"the pipeline calls other methods of {name}, such as encode or decode: compile what it calls"
+            if any(o.component == name for o in given.observation.outputs)
             else f"{name} was called by no other way either: compile what the pipeline calls"
         )
         return problems, evidence, 0

@@ -58,7 +58,7 @@ class Evidence:
         return self.failed(
             check,
             f"the recipe did not run: {failure} (while {_spoken(failure.phase)})",
-            evidence=message_lines(failure.message) if first else (),
+            evidence=[*([failure.place] if failure.place else []), *message_lines(failure.message)] if first else (),
             error=failure.error,
             phase=failure.phase,
         )

@@ -241,6 +241,7 @@ def _not_comparable(own: Observation, reference: Observation) -> str:
 def _insensitive(observation: Observation, whose: str = "") -> str:
     """Whether other inputs leave the output as it was; empty where it changes, or where no call had other inputs."""
     calls = {c.index: c for c in observation.calls}
+    draws = any(change.name in RNG_NAMES for change in observation.state_changes)
     finals: dict[int, list[Output]] = {}
     for output in observation.outputs:
         if output.component == "" and output.call in calls:
@@ -254,10 +255,17 @@ def _insensitive(observation: Observation, whose: str = "") -> str:
         other = next((o for o in outputs if o.leaf == first.leaf and o.shape == first.shape), None)
         if index == 0 or other is None or not (other.finite and first.finite):
             continue
-        (repeated if calls[index].inputs == calls[0].inputs else changed).append(distance(other, first).rms)
+        same = calls[index].inputs == calls[0].inputs
+        if draws and not same and calls[index].kind != "sensitivity":
+            continue  # it would differ by what it draws; the sensitivity run draws what the first call drew
+        (repeated if same else changed).append(distance(other, first).rms)
     if not changed:
         return ""
+    if draws:
+        repeated = []
     moved, noise = max(changed), max(repeated, default=0.0)
+    if noise > USABLE_FLOOR and moved <= SENSITIVE * noise:
+        return f"the output{whose} does not repeat: the same inputs move it by {noise:.3g}, others by {moved:.3g}"
     if moved == 0.0 or moved <= SENSITIVE * noise:
         return f"the output{whose} ignores its inputs: other inputs move it by {moved:.3g}, a repetition by {noise:.3g}"
     return ""

@@ -7,6 +7,7 @@ show; caches that an earlier test left; the limit exhausted, after which code ru
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
@@ -23,7 +24,7 @@ _ATTRIBUTE = re.compile(r"^(?:not )?(?:hasattr\()?self[.\[]")
 def judge(given: Evidence) -> Verdict:
     """See the module."""
     compiles, limits = given.observation.compiles, given.limits
-    own = [f for f in compiles.recompiles if f.call in given.own_calls]
+    own = [f for f in compiles.frames if f.call in given.own_calls and f.recompile] + _compiled_anew(given)
     recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
     exhausted = [f for f in compiles.limits if f.call in given.own_calls]
     late = [f for f in recompiles if f.call >= limits.warmup_calls]
@@ -60,8 +61,7 @@ def judge(given: Evidence) -> Verdict:
     if over := _over_budget(given, recompiles):
         return given.failed(
             NAME,
-            f"{len(over)} of the same code during warm-up, {limits.recompiles_per_code} allowed "
-            f"where a shape becomes dynamic",
+            f"{len(over)} of the same code during warm-up, {limits.recompiles_per_code} allowed",
             evidence=[*shortened(grouped(over)), *advice(over)],
             **figures,
         )
@@ -83,12 +83,32 @@ def judge(given: Evidence) -> Verdict:
     )
 
 
+def _compiled_anew(given: Evidence) -> list[FrameAttempt]:
+    """Compiles after warm-up that no guard caused, in components that had run before: what was compiled had been dropped,
+    or every call makes code of its own."""
+    started: dict[str, int] = {}
+    for region in given.observation.compiles.regions:
+        started[region.component] = min(region.call, started.get(region.component, region.call))
+    return [
+        replace(frame, guards=("none: nothing compiled was there any more, or the code is new at each call",))
+        for frame in given.observation.compiles.frames
+        if not frame.recompile
+        and frame.outcome == "compiled"
+        and frame.component
+        and frame.call in given.own_calls
+        and frame.call >= given.limits.warmup_calls
+        and started.get(frame.component, frame.call) < frame.call
+    ]
+
+
 def _counts(given: Evidence, frame: FrameAttempt) -> bool:
     """Whether it compiles again what was compiled before.
 
     Two components of one class share their code: the first compile of the second is none. Blocks of one class share it
     too, and there every compile beyond the first is what a regional compile wants to avoid.
     """
+    if frame not in given.observation.compiles.frames:
+        return True  # compiled anew
     scopes = {entry.component: entry.scope for entry in given.recipe.compilation}
     if scopes.get(frame.component, "module") != "module" or frame.resumed:
         return True

@@ -139,7 +139,13 @@ def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
     registry_of(node.config)  # a recipe may name a replica that a conftest file registers
     recipes: dict[str, Recipe] = {}
     problems: list[Problem] = []
-    for name, recipe in load_recipes(path).items():
+    try:
+        loaded = load_recipes(path)
+    except RecipeError as error:  # go on with the recipes that are right: every mistake of a file is told at once
+        problems += error.problems
+        loaded = error.recipes
+    for name, recipe in loaded.items():
+        recipe = _located(recipe, path.parent)
         changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
         if changed is not None and not isinstance(changed, Recipe):
             found = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
@@ -151,6 +157,13 @@ def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
     return recipes
+
+
+def _located(recipe: Recipe, folder: Path) -> Recipe:
+    """A pipeline in a directory that is named from the recipe file's own folder, wherever pytest was started."""
+    if not isinstance(recipe.pipeline, str) or not (folder / recipe.pipeline / "model_index.json").is_file():
+        return recipe
+    return recipe.replace(pipeline=str(folder / recipe.pipeline))
 
 
 def _shown_path(path: Path, config: pytest.Config) -> str:

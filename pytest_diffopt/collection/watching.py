@@ -92,6 +92,10 @@ def recompiles_failure(record: CompileRecord, limit: int) -> list[str] | None:
         attempts = _grouped(_frame_line(frame) for frame in record.frames if frame.outcome != "empty")
         return [first, *attempts, hint]
     recompiles, limits = record.recompiles, record.limits
+    aside = [r for r in record.regions if r.engaged < r.entries and any("stance" in reason for reason in r.reasons)]
+    if aside:
+        missed = sum(region.entries - region.engaged for region in aside)
+        return [f"a compiler stance hid recompiles: {_count(missed, 'call')} ran eager", *(str(r.place) for r in aside)]
     if len(recompiles) <= limit and not limits:
         return None
     sentence = f"{_count(len(recompiles), 'recompile') or 'no recompiles'}, {limit} allowed"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,10 @@ def place_of(code: CodeType) -> Place:
     return Place(short_path(code.co_filename), code.co_firstlineno, getattr(original, "co_qualname", original.co_name))
 
 
+_CALLS_FORWARD = ("forward", "_call_impl", "_wrapped_call_impl", "call_wrapped", "call")
+"""Methods of a module, and our own function for torch's modules, by which its forward is run."""
+
+
 def meant_codes(function: Any) -> tuple[CodeType, ...]:
     """The code objects that a compiled callable is meant to run, under any decorator, the first of them by preference.
 
@@ -54,9 +59,11 @@ def meant_codes(function: Any) -> tuple[CodeType, ...]:
     import torch
 
     owner = getattr(function, "__self__", None)
-    if not isinstance(owner, torch.nn.Module):
+    called = getattr(function, "__name__", "") in _CALLS_FORWARD
+    if not isinstance(owner, torch.nn.Module) or not called:
         code = _innermost_code(function)
-        return (code,) if code is not None else ()
+        # torch's own functions are operations to Dynamo: their code is never traced
+        return (code,) if code is not None and "/torch/" not in code.co_filename.replace(os.sep, "/") else ()
     functions = [type(owner).forward]
     if "forward" in vars(owner):
         functions.append(vars(owner)["forward"])

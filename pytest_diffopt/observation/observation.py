@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+DISABLED = "nothing compiles:"
+"""Begins a note that says what keeps Dynamo from compiling anything."""
+
 Outcome = Literal["compiled", "empty", "skipped", "limit", "failed"]
 
 
@@ -289,11 +292,12 @@ class StateChange:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception that ended the run of a recipe: where, which, and its own words."""
+    """An exception that ended the run of a recipe: in which phase, which, its own words, and where in the user's code."""
 
     phase: str
     error: str
     message: str
+    place: str = ""
     traceback: tuple[str, ...] = ()
 
     def __str__(self) -> str:

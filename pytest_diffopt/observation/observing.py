@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.observation import private_torch
-from pytest_diffopt.observation.compilation import CompileWatch
+from pytest_diffopt.observation.compilation import CompileWatch, short_path
 from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest, tensor_bytes
 from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
+    DISABLED,
     CallRecord,
     CompileRecord,
     ComponentRecord,
@@ -57,7 +60,7 @@ SENSITIVITY_PROMPT = "a blue teapot under a stormy sky"
 def observe(
     recipe: Recipe,
     *,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | str | None = None,
     precise: bool | None = None,
     force_eager: bool = False,
     allow_hub: bool = False,
@@ -70,7 +73,7 @@ def observe(
 
     Args:
         recipe: what to run.
-        accelerator: where; by default the one that :func:`pytest_diffopt.accelerators.select` finds.
+        accelerator: where, or the name of its kind; by default the one that :func:`pytest_diffopt.accelerators.select` finds.
         precise: also run the calls in a higher precision, as the yardstick of parity. By default where the recipe is a
             reference itself: neither compiled nor offloaded.
         force_eager: run eager whatever a factory compiled itself: a reference must be one.
@@ -78,6 +81,12 @@ def observe(
         compile_backend: used instead of the backends that the recipe names.
         progress: called with a few words whenever a frame begins to compile.
     """
+    from pytest_diffopt.recipe import Recipe
+
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"observe: found {type(recipe).__name__}; it takes a Recipe")
+    if isinstance(accelerator, str):
+        accelerator = select(accelerator)
     accelerator = accelerator or select()
     with _quietly():
         _import_libraries()
@@ -117,7 +126,6 @@ def _quietly() -> Iterator[list[warnings.WarningMessage]]:
 
 def _import_libraries() -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
-    import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
     with contextlib.suppress(ImportError):
@@ -140,6 +148,7 @@ class _Run:
         self.allow_hub = allow_hub
         self.backend = backend
         self.force_eager = False
+        self.random_after: dict[str, Any] = {}
         self.watch = CompileWatch()
         self.watch.on_compile = progress
         self.recorder = OutputRecorder()
@@ -169,7 +178,9 @@ class _Run:
                 with self.watch:
                     try:
                         self._prepare_and_call(before)
-                    except (Exception, SystemExit) as error:
+                    except BaseException as error:
+                        if _is_for_others(error):
+                            raise
                         self._note_failure(error)
                         broke = private_torch.is_graph_break(error)
                 self._compare_state(before, state.take_snapshot(), with_random=False)
@@ -194,7 +205,11 @@ class _Run:
         counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self.recipe.compilation:
             counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
-        random_before = state.take_snapshot()
+        if prepared.is_model:  # inputs that a callable draws are drawn once, before anything is counted
+            for call in range(self.recipe.call.count):
+                self.recipe.call.model_inputs(call)
+        self._note_what_disables()
+        random_before = state.read_random()
         with (
             self.watch.naming(prepared.module_names()),
             recording(prepared, self.recorder),
@@ -202,19 +217,18 @@ class _Run:
             self._stance(),
             counting,
         ):
+            drawn = state.read_random()
             for call in range(self.recipe.call.count):
                 self._call(prepared, call, "call")
+            self.random_after = state.read_random()
             try:
+                state.write_random(drawn)  # so that only the inputs differ from those of the first call
                 self._sensitivity_call(prepared)
             except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
                 self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
         self._compare_layers(prepared)
-        random_after = state.take_snapshot()
-        for difference in state.differences(random_before, random_after, with_random=True):
-            if difference.name in state.RNG_NAMES:
-                self.state_changes.append(
-                    StateChange(difference.name, difference.before, difference.after, "the calls")
-                )
+        for name in state.random_changed(random_before, self.random_after):
+            self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))
 
     def _stance(self) -> contextlib.AbstractContextManager[Any]:
         import torch
@@ -297,6 +311,16 @@ class _Run:
             if difference.name not in known:
                 self.state_changes.append(StateChange(difference.name, difference.before, difference.after, self.phase))
 
+    def _note_what_disables(self) -> None:
+        """Say where a setting from outside keeps Dynamo from compiling anything."""
+        import torch._dynamo
+
+        for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+            if os.environ.get(name, "0") not in ("", "0"):
+                self.notes.append(f"{DISABLED} the environment variable {name} is set")
+        if torch._dynamo.config.disable:
+            self.notes.append(f"{DISABLED} torch._dynamo.config.disable is set")
+
     def _compare_layers(self, prepared: Prepared) -> None:
         """Write down layers whose format a call changed: swapped, or dequantized."""
         before = {(layer.component, layer.path): layer for layer in self.layers}
@@ -312,6 +336,7 @@ class _Run:
             phase=self.phase,
             error=type(error).__name__,
             message=str(error),
+            place=_user_frame(error),
             traceback=tuple("".join(lines).splitlines()[-40:]),
         )
 
@@ -439,6 +464,20 @@ class _Run:
             notes=tuple(self.notes),
             memory=self.memory.record,
         )
+
+
+def _is_for_others(error: BaseException) -> bool:
+    """Whether an exception is no failure of the recipe: the user's Ctrl-C, or pytest's own skip and exit."""
+    return isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("_pytest.")
+
+
+def _user_frame(error: BaseException) -> str:
+    """``file:line, in function`` of the innermost frame that is neither ours nor a library's; empty where there is none."""
+    own = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in frame.filename and not frame.filename.startswith((own, "<")):
+            return f"{short_path(frame.filename)}:{frame.lineno}, in {frame.name}"
+    return ""
 
 
 def digest(arguments: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ KEPT_ELEMENTS = 1 << 18
 """Of a larger tensor every n-th element is kept, so that an observation stays a few megabytes."""
 
 
-SKETCHES = 32
+SKETCHES, SKETCH_BLOCK = 32, 4096
 """Random sums kept of a larger tensor; their spread estimates a distance to about an eighth."""
 
 
@@ -141,9 +141,12 @@ def _sketch(flat: torch.Tensor) -> str:
     import torch
 
     generator = torch.Generator("cpu").manual_seed(0)
-    wide = torch.nan_to_num(flat.double())
-    sums = [
-        (wide * (torch.randint(0, 2, wide.shape, generator=generator, dtype=torch.int8) * 2 - 1)).sum()
-        for _ in range(SKETCHES)
-    ]
-    return encode_values(torch.stack(sums).numpy().astype("<f8"))
+
+    def signs(count: int) -> torch.Tensor:
+        return torch.randint(0, 2, (count, SKETCHES), generator=generator).double() * 2 - 1
+
+    # one table of signs for every block, and one sign a block on top of it: as good as a sign for each element
+    blocks = torch.nn.functional.pad(torch.nan_to_num(flat.double()), (0, -flat.numel() % SKETCH_BLOCK))
+    blocks = blocks.reshape(-1, SKETCH_BLOCK)
+    sums = ((blocks @ signs(SKETCH_BLOCK)) * signs(len(blocks))).sum(0)
+    return encode_values(sums.numpy().astype("<f8"))

@@ -102,6 +102,7 @@ def counting_executions(
     """
     meant: set[CodeType] = set()
     names: dict[int, tuple[str, str, frozenset[CodeType]]] = {}
+    roots: dict[CodeType, list[str]] = {}
     for component, module in prepared.components.items():
         root = compilation.original_module(module)
         paths = {path: inner for path, inner in root.named_modules() if path == "" or path.rpartition(".")[2].isdigit()}
@@ -113,11 +114,17 @@ def counting_executions(
                 own = next(iter(codes))  # the class's forward where it has one: what every way of calling it runs
                 meant.add(own)
                 names[id(inner)] = (component, path, frozenset({own}))
+                if not path:
+                    roots.setdefault(own, []).append(component)
     before, before_in_threads = sys.getprofile(), threading.getprofile()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code in meant:
-            named = names.get(id(frame.f_locals.get("self")))
+            owner = frame.f_locals.get("self")
+            named = names.get(id(owner))
+            only = roots.get(frame.f_code, [])
+            if named is None and len(only) == 1 and getattr(type(owner), "forward", None) is not None:
+                named = (only[0], "", frozenset({frame.f_code}))  # a copy that the pipeline keeps of the component
             if named is not None and frame.f_code in named[2]:  # not a base class's forward that it calls
                 key = (current_call(), named[0], named[1])
                 counts[key] = counts.get(key, 0) + 1

@@ -8,7 +8,6 @@ flag moves numbers). So :func:`borrowed_state` gives everything back, also after
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import logging
 import os
@@ -138,24 +137,30 @@ def _write_module_hooks(value: Any) -> None:
 _LIBRARY_LOGGERS = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
+class _Levels(dict[str, Any]):
+    """Levels of loggers by name; loggers that only one side knows were made in between, and count for nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and all(self[name] == other[name] for name in self.keys() & other.keys())
+
+    __hash__ = None
+
+
 def _read_logging() -> Any:
-    known = logging.Logger.manager.loggerDict
-    # a logger that did not exist has no level of its own: it need not be written down to be compared
     levels = {
         name: (logger.level, logger.disabled)
-        for name, logger in list(known.items())
-        if isinstance(logger, logging.Logger)
-        and name.split(".")[0] in _LIBRARY_LOGGERS
-        and (logger.level, logger.disabled) != (logging.NOTSET, False)
+        for name, logger in list(logging.Logger.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in _LIBRARY_LOGGERS
     }
-    return {"": (logging.root.level, logging.root.disabled), **levels}
+    return _Levels({"": (logging.root.level, logging.root.disabled), **levels})
 
 
 def _write_logging(value: Any) -> None:
-    for name in {*value, *_read_logging()}:
+    for name, (level, disabled) in value.items():
         logger = logging.getLogger(name) if name else logging.root
-        level, logger.disabled = value.get(name, (logging.NOTSET, False))
-        logger.setLevel(level)
+        if (logger.level, logger.disabled) != (level, disabled):
+            logger.setLevel(level)
+            logger.disabled = disabled
 
 
 _ENVIRONMENT = (
@@ -197,6 +202,14 @@ def _has(path: str) -> bool:
         except (AttributeError, RuntimeError):
             return False
     return True
+
+
+_held_modes: list[Any] = []
+
+
+def _write_inference_mode(value: bool) -> None:
+    # the guard that was left open belongs to somebody else: one of ours, held, stands above it
+    _held_modes.append(_torch()._C._InferenceMode(value))
 
 
 def _read_print_options() -> Any:
@@ -254,6 +267,8 @@ def _globals() -> tuple[Global, ...]:
         Global("torch.float32_matmul_precision", torch.get_float32_matmul_precision, _write_matmul_precision),
         *_precisions(),
         *(_attribute(f"torch.{path}", path) for path in _FLAGS if _has(path)),
+        Global("torch inference mode", torch.is_inference_mode_enabled, _write_inference_mode),
+        Global("torch.backends.mha", torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
         Global("torch autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
         Global("torch print options", _read_print_options, _write_print_options),
         Global("torch function modes", _read_function_modes, _write_function_modes),
@@ -283,6 +298,7 @@ def _globals() -> tuple[Global, ...]:
         Global("torch.nn global module hooks", _read_module_hooks, _write_module_hooks),
         Global("logging levels", _read_logging, _write_logging),
         Global("environment variables", _read_environment, _write_environment),
+        Global("working directory", os.getcwd, os.chdir),
     ]
     return tuple(entries)
 
@@ -311,13 +327,22 @@ class Snapshot:
     random: dict[str, Any]
 
 
+def _settings(module: Any) -> dict[str, Any]:
+    """What a module of settings holds now; torch's own copy lists a setting that was deleted too."""
+    held = getattr(module, "_config", {})
+    return {
+        name: value for name, value in module.get_config_copy().items() if not getattr(held.get(name), "hide", False)
+    }
+
+
 def take_snapshot() -> Snapshot:
     """Write every borrowed global down."""
-    configs = {name: copy.copy(module.get_config_copy()) for name, module in _config_modules().items()}
-    return Snapshot(configs, {entry.name: entry.read() for entry in _globals()}, _read_random())
+    configs = {name: _settings(module) for name, module in _config_modules().items()}
+    return Snapshot(configs, {entry.name: entry.read() for entry in _globals()}, read_random())
 
 
-def _read_random() -> dict[str, Any]:
+def read_random() -> dict[str, Any]:
+    """The state of every global random generator, by name."""
     torch = _torch()
     state: dict[str, Any] = {"python random": random.getstate(), "torch random": torch.get_rng_state()}
     if "numpy" in sys.modules:
@@ -327,7 +352,8 @@ def _read_random() -> dict[str, Any]:
     return state
 
 
-def _write_random(state: dict[str, Any]) -> None:
+def write_random(state: dict[str, Any]) -> None:
+    """Put the global random generators into a state that :func:`read_random` gave."""
     torch = _torch()
     random.setstate(state["python random"])
     torch.set_rng_state(state["torch random"])
@@ -362,16 +388,31 @@ def differences(before: Snapshot, after: Snapshot, *, with_random: bool = False)
     for module, settings in before.configs.items():
         later = after.configs.get(module, {})
         for key, value in settings.items():
-            if key in later and not _same(value, later[key]):
+            if key not in later:
+                found.append(Difference(f"{module}.{key}", _shown(value), "deleted"))
+            elif not _same(value, later[key]):
                 found.append(Difference(f"{module}.{key}", _shown(value), _shown(later[key])))
     for name, value in before.values.items():
-        if not _same(value, after.values[name]):
-            found.append(Difference(name, _shown(value), _shown(after.values[name])))
+        later = after.values[name]
+        if _same(value, later):
+            continue
+        if isinstance(value, dict):  # one by one: which variable, which logger
+            for key in sorted(value.keys() | later.keys()):
+                if value.get(key) != later.get(key) and (key in value or not isinstance(value, _Levels)):
+                    one, old, new = f"{name} {key or 'of the root'}", value.get(key), later.get(key)
+                    found.append(Difference(one, _shown(old), _shown(new)))
+        else:
+            found.append(Difference(name, _shown(value), _shown(later)))
     if with_random:
-        for name, state in before.random.items():
-            if not _same(state, after.random.get(name)):
-                found.append(Difference(name, "its state", "another state"))
+        found += [
+            Difference(name, "its state", "another state") for name in random_changed(before.random, after.random)
+        ]
     return found
+
+
+def random_changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of the random generators that are in another state."""
+    return [name for name, state in before.items() if not _same(state, after.get(name))]
 
 
 def give_back(before: Snapshot) -> None:
@@ -379,14 +420,14 @@ def give_back(before: Snapshot) -> None:
     modules = _config_modules()
     for name, settings in before.configs.items():
         module = modules[name]
-        now = module.get_config_copy()
+        now = _settings(module)
         for key, value in settings.items():
-            if not _same(value, now.get(key)):
+            if key not in now or not _same(value, now[key]):
                 setattr(module, key, value)
     for entry in _globals():
         if not _same(before.values[entry.name], entry.read()):
             entry.write(before.values[entry.name])
-    _write_random(before.random)
+    write_random(before.random)
 
 
 def reset_compiler_caches() -> None:

@@ -110,7 +110,9 @@ def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[st
         return
     wanted = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
     if not wanted:
-        wanted = set(repeated_classes(module).values())
+        wanted = {
+            name for path, name in repeated_classes(module).items() if next(module.get_submodule(path).children(), None)
+        }
     blocks = [module.get_submodule(path) for path in outermost(_named(module, wanted))]
     if not blocks:
         raise PreparationError(
@@ -204,8 +206,9 @@ def siblings_not_compiled(module: torch.nn.Module) -> tuple[str, ...]:
     root = original_module(module)
     missed: dict[str, None] = {}
     for inner in root.modules():
-        lists = [child for child in inner.children() if isinstance(child, torch.nn.ModuleList)]
-        blocks = [block for one in lists for block in one]
+        containers = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
+        lists = [child for child in inner.children() if isinstance(child, containers)]
+        blocks = [block for one in lists for block in one.children()]
         compiled = {type(block).__name__ for block in blocks if is_compiled(block)}
         if not compiled:
             continue

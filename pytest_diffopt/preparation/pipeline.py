@@ -190,16 +190,18 @@ def prepared(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool = Fals
 
 @contextlib.contextmanager
 def dynamo_settings(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Set Dynamo's settings by name while the context is open."""
+    """Set Dynamo's settings by name while the context is open; Inductor draws random numbers as eager code does."""
     import torch._dynamo
 
     config: Any = torch._dynamo.config
     if unknown := [name for name in settings if not hasattr(config, name)]:
         raise PreparationError(f"dynamo: found {unknown[0]!r}, which torch {torch.__version__} does not have")
-    if not settings:
-        yield
-        return
-    with config.patch(dict(settings)):
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    with contextlib.ExitStack() as stack:
+        if settings:
+            stack.enter_context(config.patch(dict(settings)))
+        # numbers that a model draws must be the eager ones: Inductor's own generator gives others
+        stack.enter_context(inductor.patch(fallback_random=True))
         yield
 
 

@@ -31,8 +31,12 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "torch compiler callbacks": lambda: torch._dynamo.callback_handler.register_end_callback(print),
     "torch.nn global module hooks": lambda: torch.nn.modules.module.register_module_forward_hook(print),
     "torch random": lambda: torch.manual_seed(12345),
-    "environment variables": lambda: __import__("os").environ.update(TORCHDYNAMO_MADE_UP="1"),
-    "logging levels": lambda: __import__("logging").getLogger("diffusers").setLevel(7),
+    "environment variables TORCHDYNAMO_MADE_UP": lambda: __import__("os").environ.update(TORCHDYNAMO_MADE_UP="1"),
+    "logging levels diffusers": lambda: __import__("logging").getLogger("diffusers").setLevel(7),
+    "working directory": lambda: __import__("os").chdir("/"),
+    "torch.backends.cudnn.enabled": lambda: setattr(torch.backends.cudnn, "enabled", False),
+    "torch autocast cache": lambda: torch.set_autocast_cache_enabled(False),
+    "torch.backends.mha": lambda: torch.backends.mha.set_fastpath_enabled(False),
 }
 
 
