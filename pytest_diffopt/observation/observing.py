@@ -7,6 +7,7 @@ global is given back. What the watches need is taken from outside the compiled c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import platform
@@ -124,12 +125,22 @@ def _quietly() -> Iterator[list[warnings.WarningMessage]]:
             trace.addHandler(handler)
 
 
+_IMPORTED_FIRST = (
+    "torch._inductor.config",
+    "transformers",
+    "diffusers.models.attention_dispatch",
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers.hooks",
+    "accelerate.hooks",
+    "bitsandbytes",
+)
+
+
 def _import_libraries() -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
-    import transformers  # noqa: F401
-
-    with contextlib.suppress(ImportError):
-        import bitsandbytes  # noqa: F401
+    for name in _IMPORTED_FIRST:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 class _Run:
@@ -318,7 +329,7 @@ class _Run:
         for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
             if os.environ.get(name, "0") not in ("", "0"):
                 self.notes.append(f"{DISABLED} the environment variable {name} is set")
-        if torch._dynamo.config.disable:
+        if getattr(torch._dynamo.config, "disable", False):
             self.notes.append(f"{DISABLED} torch._dynamo.config.disable is set")
 
     def _compare_layers(self, prepared: Prepared) -> None:

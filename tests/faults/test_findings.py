@@ -321,8 +321,8 @@ def test_what_is_no_recipe_is_refused_by_name() -> None:
         check("tiny-flux")  # type: ignore[arg-type]
 
 
-def test_what_keeps_dynamo_from_compiling_is_named(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
-    verdict = judge(Healthy)["engagement"]
+def test_what_keeps_dynamo_from_compiling_is_named(judge: Judge) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        verdict = judge(Healthy)["engagement"]
     assert verdict.status == "failed"
     assert "nothing compiles: torch._dynamo.config.disable is set" in verdict.text
