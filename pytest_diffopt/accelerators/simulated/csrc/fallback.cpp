@@ -163,7 +163,9 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (const auto* name :
        {"native_layer_norm", "native_group_norm", "_stack", "addr", "all.dims", "any.dims", "all.dims_out",
-        "any.dims_out", "linalg__powsum", "native_channel_shuffle", "silu_backward", "mish_backward"})
+        "any.dims_out", "linalg__powsum", "native_channel_shuffle", "silu_backward", "mish_backward",
+        // their out= variants resize what they are given, twice: a warning, and bytes that no result holds
+        "mse_loss", "smooth_l1_loss"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 

@@ -13,7 +13,9 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/as_strided.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/util/strides.h>
 #include <torch/library.h>
 
 #include "aliasing.h"
@@ -108,10 +110,16 @@ void record_stream(Tensor&, at::Stream) {}
 // ------------------------------------------------------------------------------------------------ convolution
 
 // torch decides the layout of a convolution's result from its backend, and FakeTensors foretell it in the same way:
-// whatever the host's kernel returned is brought into that layout.
+// whatever the host's kernel returned is brought into that layout, the strides of dimensions of size 1 as well.
 Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
   const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Overrideable);
-  return result.contiguous(format);
+  const Tensor laid_out = result.contiguous(format);
+  const auto sizes = laid_out.sizes();
+  if (format == c10::MemoryFormat::ChannelsLast)
+    return laid_out.as_strided(sizes, c10::get_channels_last_strides_2d(sizes));
+  if (format == c10::MemoryFormat::ChannelsLast3d)
+    return laid_out.as_strided(sizes, c10::get_channels_last_strides_3d(sizes));
+  return laid_out.as_strided(sizes, c10::contiguous_strides(sizes));
 }
 
 Tensor convolution(
