@@ -33,21 +33,25 @@ def test_four_bit_layers_have_the_bits_of_the_hosts_kernels() -> None:
     assert torch.equal(run("cpu"), run("sim"))
 
 
-def test_eight_bit_layers_have_the_bits_of_the_hosts_kernels() -> None:
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_eight_bit_layers_have_the_bits_of_the_default_kernels(threshold: float) -> None:
     bnb = pytest.importorskip("bitsandbytes")
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
     torch.manual_seed(0)
     plain = torch.nn.Linear(128, 64)
-    x = torch.randn(3, 128, dtype=torch.bfloat16)
-
-    def run(device: str) -> torch.Tensor:
-        layer = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False, threshold=6.0)
-        layer.load_state_dict(plain.state_dict())
-        out = layer.to(device)(x.to(device))
-        return out.detach().cpu()
-
-    host, device = run("cpu"), run("sim")
-    assert torch.isfinite(host.float()).all()
-    assert torch.equal(host, device)
+    x = torch.randn(3, 128, dtype=torch.float16)
+    layer = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to("sim")
+    on_sim = layer(x.to("sim"))
+    # a layer on the host dequantizes its weight and multiplies; the device runs what CUDA runs
+    state = bnb.MatmulLtState()
+    state.CB, state.SCB, _ = bnb.functional.int8_vectorwise_quant(plain.weight.detach().half())
+    state.has_fp16_weights, state.threshold = False, threshold
+    host = MatMul8bitLt.apply(x, state.CB, None, plain.bias.detach().half(), state)
+    assert torch.equal(layer.weight.data.cpu(), state.CB)
+    assert torch.equal(host, on_sim.detach().cpu())
 
 
 def test_safetensors_load_onto_the_device_while_it_is_adapted(tmp_path: Path) -> None:
@@ -75,6 +79,11 @@ def test_a_pipeline_gives_the_hosts_image_and_offloading_lowers_its_peak(sim: An
     def load() -> Any:
         pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                for parameter in part.parameters():
+                    # Out of the file's memory: MKL's last bits depend on how a matrix is aligned.
+                    parameter.data = parameter.data.clone()
         return pipeline
 
     def image(pipeline: Any) -> torch.Tensor:
@@ -106,7 +115,9 @@ def test_a_pipeline_gives_the_hosts_image_and_offloading_lowers_its_peak(sim: An
         peaks[way] = sim.max_memory_allocated() - base
         if way.startswith("offloaded"):
             pipeline.maybe_free_model_hooks()
-            assert sim.memory_allocated() == base
+            left = [t for t in vars(pipeline.scheduler).values() if isinstance(t, torch.Tensor) and t.is_sim]
+            assert sim.memory_allocated() - base == sum(t.nbytes for t in left) == 20
+        left = []
         del pipeline
         gc.collect()
         assert sim.memory_allocated() == base

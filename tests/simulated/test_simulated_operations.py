@@ -49,16 +49,9 @@ def assert_same(host: Any, device: Any) -> None:
         assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(back)), (a - back).abs().max()
 
 
-UNARY = (
-    "abs acos asin atan ceil cos cosh digamma erf erfc erfinv exp exp2 expm1 floor frac i0 lgamma log log10 log1p log2 "
-    "neg reciprocal round rsqrt sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc isnan isinf isfinite "
-    "logical_not relu positive"
-).split()
-BINARY = (
-    "add sub mul div true_divide floor_divide fmod remainder maximum minimum fmax fmin atan2 hypot copysign eq ne lt le "
-    "gt ge logical_and logical_or logical_xor nextafter logaddexp heaviside"
-).split()
-ACTIVATIONS = "gelu silu mish elu selu celu leaky_relu softplus softsign hardswish hardsigmoid logsigmoid relu6".split()
+UNARY = ["abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "i0", "lgamma", "log", "log10", "log1p", "log2", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "isnan", "isinf", "isfinite", "logical_not", "relu", "positive"]
+BINARY = ["add", "sub", "mul", "div", "true_divide", "floor_divide", "fmod", "remainder", "maximum", "minimum", "fmax", "fmin", "atan2", "hypot", "copysign", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "nextafter", "logaddexp", "heaviside"]
+ACTIVATIONS = ["gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "softsign", "hardswish", "hardsigmoid", "logsigmoid", "relu6"]
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     **{name: (getattr(torch, name), lambda: [n(5, 7)]) for name in UNARY},
@@ -97,7 +90,9 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "conv2d, no bias, strided, dilated": (F.conv2d, lambda: [n(2, 4, 12, 12), n(6, 4, 3, 3), None, 2, 2, 2]),
     "conv2d, depthwise": (F.conv2d, lambda: [n(2, 4, 9, 9), n(4, 1, 3, 3), n(4), 1, 1, 1, 4]),
     "conv2d, channels last": (
-        lambda x, w: F.conv2d(x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)).contiguous(),
+        lambda x, w: F.conv2d(
+            x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
+        ).contiguous(),
         lambda: [n(2, 4, 9, 9), n(6, 4, 3, 3)],
     ),
     "conv2d, bfloat16": (F.conv2d, lambda: [n(1, 4, 9, 9, dtype=torch.bfloat16), n(6, 4, 3, 3, dtype=torch.bfloat16)]),
@@ -110,20 +105,35 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
         lambda x: [*F.max_pool2d(x, 2, return_indices=True), F.avg_pool2d(x, 3, 2), F.adaptive_avg_pool2d(x, 2)],
         lambda: [n(2, 3, 8, 8)],
     ),
-    "padding": (lambda x: [F.pad(x, (1, 2)), F.pad(x, (1, 2), "reflect"), F.pad(x, (1, 1), "replicate")], lambda: [n(2, 3, 8)]),
+    "padding": (
+        lambda x: [F.pad(x, (1, 2)), F.pad(x, (1, 2), "reflect"), F.pad(x, (1, 1), "replicate")],
+        lambda: [n(2, 3, 8)],
+    ),
     "embedding": (F.embedding, lambda: [integers(3, 4), n(5, 8)]),
     "one_hot": (lambda x: F.one_hot(x, 5), lambda: [integers(3, 4)]),
     **{
-        f"interpolate, {mode}": (lambda x, mode=mode: F.interpolate(x, scale_factor=2, mode=mode), lambda: [n(1, 3, 6, 6)])
+        f"interpolate, {mode}": (
+            lambda x, mode=mode: F.interpolate(x, scale_factor=2, mode=mode),
+            lambda: [n(1, 3, 6, 6)],
+        )
         for mode in ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
     },
     "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), lambda: [n(1, 8, 4, 4)]),
-    "grid_sample": (lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), lambda: [n(1, 2, 5, 5), n(1, 4, 4, 2)]),
-    "index": (lambda x, i: [x[i], x[:, i], x[x > 0], x[1:, ::2], x[..., None], x[i, i]], lambda: [n(5, 5), integers(4)]),
+    "grid_sample": (
+        lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False),
+        lambda: [n(1, 2, 5, 5), n(1, 4, 4, 2)],
+    ),
+    "index": (
+        lambda x, i: [x[i], x[:, i], x[x > 0], x[1:, ::2], x[..., None], x[i, i]],
+        lambda: [n(5, 5), integers(4)],
+    ),
     "index by a host tensor": (lambda x: x[torch.tensor([0, 2])], lambda: [n(5, 5)]),
     "index_select": (lambda x, i: x.index_select(1, i), lambda: [n(5, 6), integers(3)]),
     "gather": (lambda x, i: x.gather(1, i), lambda: [n(4, 5), integers(4, 3)]),
-    "scatter": (lambda x, i, s: [x.scatter(1, i, s), x.scatter_add(1, i, s)], lambda: [n(4, 5), integers(4, 3), n(4, 3)]),
+    "scatter": (
+        lambda x, i, s: [x.scatter(1, i, s), x.scatter_add(1, i, s)],
+        lambda: [n(4, 5), integers(4, 3), n(4, 3)],
+    ),
     "index_put": (lambda x, i, v: x.index_put((i,), v, accumulate=True), lambda: [n(5, 4), integers(3), n(3, 4)]),
     "where": (lambda x, y: [torch.where(x > 0, x, y), torch.where(x > 0, 1.0, y)], lambda: [n(4, 4), n(4, 4)]),
     "masked_fill": (lambda x: [x.masked_fill(x > 0, 9.0), x.masked_select(x > 0)], lambda: [n(4, 4)]),
@@ -132,7 +142,15 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "cumulative": (lambda x: [x.cumsum(0), x.cumprod(1), *x.cummax(0), x.logcumsumexp(1)], lambda: [n(4, 9)]),
     "fft": (lambda x: [torch.fft.fft(x), torch.fft.rfft2(x), torch.fft.irfft(torch.fft.rfft(x))], lambda: [n(4, 8)]),
     "complex": (
-        lambda x: [c := torch.view_as_complex(x), c.abs(), c.angle(), c.conj().resolve_conj(), c * c.conj(), c.real, c.imag],
+        lambda x: [
+            c := torch.view_as_complex(x),
+            c.abs(),
+            c.angle(),
+            c.conj().resolve_conj(),
+            c * c.conj(),
+            c.real,
+            c.imag,
+        ],
         lambda: [n(5, 2)],
     ),
     "polar": (torch.polar, lambda: [n(5).abs(), n(5)]),
@@ -140,30 +158,79 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
         lambda x: [torch.linalg.inv(x), torch.linalg.det(x), torch.linalg.solve(x, x[0]), *torch.linalg.qr(x)],
         lambda: [n(4, 4) + 5 * torch.eye(4)],
     ),
-    "cat and stack": (lambda a, b: [torch.cat([a, b]), torch.stack([a, b], 1), *torch.meshgrid(a[0], b[0], indexing="ij")], lambda: [n(2, 3), n(2, 3)]),
+    "cat and stack": (
+        lambda a, b: [torch.cat([a, b]), torch.stack([a, b], 1), *torch.meshgrid(a[0], b[0], indexing="ij")],
+        lambda: [n(2, 3), n(2, 3)],
+    ),
     "split": (lambda x: [*x.chunk(3, 1), *x.split(2), *x.unbind(0), *torch.tensor_split(x, 2)], lambda: [n(4, 9)]),
     "views": (
-        lambda x: [x.t(), x.view(-1), x.reshape(9, 4), x.permute(1, 0), x.unsqueeze(0).expand(3, 4, 9), x.unfold(1, 3, 2), x.diagonal(), x[1].narrow(0, 2, 3), x.flip(0), x.roll(1, 0), x.as_strided((2, 2), (1, 2))],
+        lambda x: [
+            x.t(),
+            x.view(-1),
+            x.reshape(9, 4),
+            x.permute(1, 0),
+            x.unsqueeze(0).expand(3, 4, 9),
+            x.unfold(1, 3, 2),
+            x.diagonal(),
+            x[1].narrow(0, 2, 3),
+            x.flip(0),
+            x.roll(1, 0),
+            x.as_strided((2, 2), (1, 2)),
+        ],
         lambda: [n(4, 9)],
     ),
     "copies": (
-        lambda x: [x.contiguous(), x.t().contiguous(), x.clone(), x.repeat(2, 1), x.repeat_interleave(2, 0), x.tril(), x.triu(1)],
+        lambda x: [
+            x.contiguous(),
+            x.t().contiguous(),
+            x.clone(),
+            x.repeat(2, 1),
+            x.repeat_interleave(2, 0),
+            x.tril(),
+            x.triu(1),
+        ],
         lambda: [n(4, 9)],
     ),
-    "dtypes": (lambda x: [x.to(d) for d in (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool)], lambda: [n(4, 4).abs()]),
-    "float8": (lambda x: [x.to(torch.float8_e4m3fn).float(), x.view(torch.int32), x.view(torch.uint8)], lambda: [n(4, 4)]),
-    "losses": (lambda x, y: [F.mse_loss(x, y), F.l1_loss(x, y), F.smooth_l1_loss(x, y), F.cosine_similarity(x, y)], lambda: [n(4, 5), n(4, 5)]),
+    "dtypes": (
+        lambda x: [
+            x.to(d) for d in (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool)
+        ],
+        lambda: [n(4, 4).abs()],
+    ),
+    "float8": (
+        lambda x: [x.to(torch.float8_e4m3fn).float(), x.view(torch.int32), x.view(torch.uint8)],
+        lambda: [n(4, 4)],
+    ),
+    "losses": (
+        lambda x, y: [F.mse_loss(x, y), F.l1_loss(x, y), F.smooth_l1_loss(x, y), F.cosine_similarity(x, y)],
+        lambda: [n(4, 5), n(4, 5)],
+    ),
     "cross_entropy": (F.cross_entropy, lambda: [n(4, 5), integers(4)]),
     "cdist": (torch.cdist, lambda: [n(4, 5), n(6, 5)]),
-    "clamp and lerp": (lambda x, y: [x.clamp(-1, 1), x.lerp(y, 0.3), x.addcmul(x, y, value=2), x.addcdiv(x, y + 9)], lambda: [n(4), n(4)]),
-    "foreach": (lambda a, b: [*torch._foreach_add([a, b], 1.0), *torch._foreach_mul([a, b], [b, a])], lambda: [n(4), n(4)]),
+    "clamp and lerp": (
+        lambda x, y: [x.clamp(-1, 1), x.lerp(y, 0.3), x.addcmul(x, y, value=2), x.addcdiv(x, y + 9)],
+        lambda: [n(4), n(4)],
+    ),
+    "foreach": (
+        lambda a, b: [*torch._foreach_add([a, b], 1.0), *torch._foreach_mul([a, b], [b, a])],
+        lambda: [n(4), n(4)],
+    ),
     "bucketize": (torch.bucketize, lambda: [n(9), n(4).sort()[0]]),
     "python numbers": (lambda x: [x.sum().item(), x.tolist(), bool((x > 0).any()), x.shape, len(x)], lambda: [n(2, 3)]),
     "factories": (
-        lambda x: [torch.zeros_like(x), torch.ones(3, device=x.device), torch.full((2,), 7, device=x.device), torch.arange(5, device=x.device), torch.eye(3, device=x.device), torch.linspace(0, 1, 7, device=x.device), torch.tensor([1, 2], device=x.device), x.new_zeros(2)],
+        lambda x: [
+            torch.zeros_like(x),
+            torch.ones(3, device=x.device),
+            torch.full((2,), 7, device=x.device),
+            torch.arange(5, device=x.device),
+            torch.eye(3, device=x.device),
+            torch.linspace(0, 1, 7, device=x.device),
+            torch.tensor([1, 2], device=x.device),
+            x.new_zeros(2),
+        ],
         lambda: [n(3)],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -364,15 +364,18 @@ class Stream(torch.Stream):
         return made
 
 
-class Event(torch.Event):
+class _EventType(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch.Event) and instance.device.type == "sim"
+
+
+class Event(torch.Event, metaclass=_EventType):
     """A point in time; ``elapsed_time`` measures the host."""
 
     def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
-        made = super().__new__(
-            cls, device="sim", enable_timing=enable_timing, blocking=blocking, interprocess=interprocess
-        )
-        assert isinstance(made, Event)
-        return made
+        # torch.Event itself: its methods take no other event than one of exactly that class
+        made: Any = torch.Event("sim", enable_timing=enable_timing, blocking=blocking, interprocess=interprocess)
+        return made  # type: ignore[no-any-return]
 
 
 def _as_stream(stream: torch.Stream) -> Stream:

@@ -109,6 +109,14 @@ void record_stream(Tensor&, at::Stream) {}
 
 // ------------------------------------------------------------------------------------------------ convolution
 
+// The host's kernels would see two host tensors and notice nothing.
+void check_same_device(const Tensor& first, const Tensor& other) {
+  TORCH_CHECK(
+      !other.defined() || first.device() == other.device(),
+      "Expected all tensors to be on the same device, but found at least two devices, ", first.device(), " and ",
+      other.device(), "! (when checking arguments of a convolution)");
+}
+
 // torch decides the layout of a convolution's result from its backend, and FakeTensors foretell it in the same way:
 // whatever the host's kernel returned is brought into that layout, the strides of dimensions of size 1 as well.
 Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
@@ -125,6 +133,8 @@ Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tenso
 Tensor convolution(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
+  check_same_device(input, weight);
+  if (bias.has_value()) check_same_device(input, *bias);
   Aliases aliases;
   count_kernel(input.device().index());
   KernelScope kernel;
@@ -139,6 +149,8 @@ Tensor convolution(
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(
     const Tensor& grad, const Tensor& input, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
     IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
+  check_same_device(input, weight);
+  check_same_device(input, grad);
   Aliases aliases;
   count_kernel(input.device().index());
   KernelScope kernel;
