@@ -137,7 +137,7 @@ def test_a_cache_that_cannot_be_written_is_said(log: Path, tmp_path: Path, monke
     blocked = tmp_path / "a file"
     blocked.write_text("")
     monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(blocked))
-    with pytest.raises(UnverifiableError, match="cannot be built below .* set DIFFOPT_CACHE_DIR to a directory"):
+    with pytest.raises(UnverifiableError, match=r"cannot be built below .* set DIFFOPT_CACHE_DIR to a directory"):
         build.ensure_library()
 
 

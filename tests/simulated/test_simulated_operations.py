@@ -49,9 +49,18 @@ def assert_same(host: Any, device: Any) -> None:
         assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(back)), (a - back).abs().max()
 
 
-UNARY = ["abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "i0", "lgamma", "log", "log10", "log1p", "log2", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "isnan", "isinf", "isfinite", "logical_not", "relu", "positive"]
-BINARY = ["add", "sub", "mul", "div", "true_divide", "floor_divide", "fmod", "remainder", "maximum", "minimum", "fmax", "fmin", "atan2", "hypot", "copysign", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "nextafter", "logaddexp", "heaviside"]
-ACTIVATIONS = ["gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "softsign", "hardswish", "hardsigmoid", "logsigmoid", "relu6"]
+UNARY = """
+    abs acos asin atan ceil cos cosh digamma erf erfc erfinv exp exp2 expm1 floor frac i0 lgamma log log10 log1p
+    log2 neg reciprocal round rsqrt sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc isnan isinf
+    isfinite logical_not relu positive
+""".split()  # noqa: SIM905
+BINARY = """
+    add sub mul div true_divide floor_divide fmod remainder maximum minimum fmax fmin atan2 hypot copysign eq ne
+    lt le gt ge logical_and logical_or logical_xor nextafter logaddexp heaviside
+""".split()  # noqa: SIM905
+ACTIVATIONS = """
+    gelu silu mish elu selu celu leaky_relu softplus softsign hardswish hardsigmoid logsigmoid relu6
+""".split()  # noqa: SIM905
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     **{name: (getattr(torch, name), lambda: [n(5, 7)]) for name in UNARY},
