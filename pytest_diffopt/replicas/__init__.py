@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pytest_diffopt.replicas.cache import cache_directory, ensure
+from pytest_diffopt.replicas.cache import ensure
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.family import Family
 from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve
+from pytest_diffopt.user_cache import cache_directory
 
 __all__ = [
     "Family",

@@ -27,20 +27,13 @@ from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.family import Family
 from pytest_diffopt.replicas.initialization import reproducible
+from pytest_diffopt.user_cache import cache_directory
 
 SCHEMA = 1
 MANIFEST = "diffopt-manifest.json"
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub")
 _ABANDONED_SECONDS = 3600.0
-
-
-def cache_directory() -> Path:
-    """The user's cache directory; it need not exist yet."""
-    if chosen := os.environ.get("DIFFOPT_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home).absolute() / "pytest-diffopt"
 
 
 def hub_directory() -> Path:

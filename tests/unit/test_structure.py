@@ -35,7 +35,7 @@ LAYERS = (
     ("recipe",),
     ("contract",),
     ("part",),
-    ("errors",),
+    ("errors", "user_cache"),
 )
 NOT_YET = {"baseline", "forecasting"}
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}

@@ -1,0 +1,180 @@
+#include "fallback.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/IListRef.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <unordered_set>
+
+#include "aliasing.h"
+#include "memory.h"
+
+namespace sim {
+namespace {
+
+std::atomic<bool> g_recording{false};
+std::mutex g_recorded_lock;
+std::map<std::string, int64_t> g_recorded;
+
+// CUDA takes index tensors from the host in advanced indexing, and nowhere else.
+bool takes_host_indices(const std::string& name) {
+  static const std::unordered_set<std::string> names{
+      "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",
+      "aten::_unsafe_index", "aten::_unsafe_index_put"};
+  return names.count(name) > 0;
+}
+
+// Draws without a generator argument (dropout) come from the device's generator too, not from the host's.
+class DrawsOf {
+ public:
+  explicit DrawsOf(int device) : drawing_(host_generator(default_generator(device))) {
+    auto& host = at::detail::getDefaultCPUGenerator();
+    kept_ = host.get_state();
+    set(host, drawing_.get_state());
+  }
+  ~DrawsOf() {
+    auto& host = at::detail::getDefaultCPUGenerator();
+    set(drawing_, host.get_state());
+    set(host, kept_);
+  }
+
+ private:
+  static void set(const at::Generator& generator, const at::Tensor& state) {
+    auto target = generator;
+    target.set_state(state);
+  }
+  at::Generator drawing_;
+  at::Tensor kept_;
+};
+
+}  // namespace
+
+void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t count = schema.arguments().size();
+  const size_t first = stack->size() - count;
+  if (g_recording) {
+    std::lock_guard<std::mutex> held(g_recorded_lock);
+    g_recorded[toString(op.operator_name())]++;
+  }
+
+  Aliases aliases;
+  bool to_host = false, has_generator = false;
+  std::optional<c10::Device> stranger;
+  auto pass = [&](const at::Tensor& tensor) -> at::Tensor {
+    if (on_sim(tensor)) {
+      if (aliases.index >= 0 && tensor.device().index() != aliases.index) stranger = tensor.device();
+      return aliases.host(tensor);
+    }
+    if (tensor.defined() && tensor.device().is_cpu()) {
+      // A number in a tensor goes anywhere, as on CUDA.
+      if (tensor.dim() > 0 && !stranger) stranger = tensor.device();
+      aliases.keep_on_host(tensor);
+    }
+    return tensor;
+  };
+  for (size_t i = first; i < first + count; i++) {
+    auto& value = (*stack)[i];
+    if (value.isTensor()) {
+      if (value.toTensor().defined()) value = pass(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> passed;
+      for (const at::Tensor& tensor : value.toTensorVector()) passed.push_back(pass(tensor));
+      value = c10::List<at::Tensor>(std::move(passed));
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> passed;
+      for (const auto& tensor : value.toOptionalTensorVector())
+        passed.push_back(tensor.has_value() ? std::optional<at::Tensor>(pass(*tensor)) : std::nullopt);
+      value = std::move(passed);
+    } else if (value.isGenerator()) {
+      has_generator = true;
+      value = host_generator(value.toGenerator());
+    } else if (value.isDevice()) {
+      const auto device = value.toDevice();
+      if (device.type() == kSim) {
+        if (aliases.index < 0) aliases.index = resolve_device(device.index());
+        value = c10::Device(c10::DeviceType::CPU);
+      } else if (device.is_cpu()) {
+        to_host = true;
+      }
+    }
+  }
+  if (stranger && aliases.index >= 0) {
+    TORCH_CHECK(
+        stranger->is_cpu() && takes_host_indices(op.operator_name().name),
+        "Expected all tensors to be on the same device, but found at least two devices, sim:", aliases.index, " and ",
+        *stranger, "! (when checking arguments of ", toString(op.operator_name()), ")");
+  }
+  if (aliases.index < 0) aliases.index = current_device();
+  count_kernel(aliases.index);
+
+  std::optional<DrawsOf> draws;
+  if (!has_generator && op.hasTag(at::Tag::nondeterministic_seeded)) {
+    bool given = false;
+    for (size_t i = 0; i < count; i++) {
+      const auto& type = *schema.arguments()[i].type();
+      const auto optional = type.cast<c10::OptionalType>();
+      if (optional && optional->getElementType()->kind() == c10::TypeKind::GeneratorType) {
+        (*stack)[first + i] = host_generator(default_generator(aliases.index));
+        given = true;
+      }
+    }
+    if (!given) draws.emplace(aliases.index);
+  }
+  {
+    KernelScope kernel;
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  }
+  draws.reset();
+  aliases.carry_back();
+  if (to_host) return;
+  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
+    auto& value = (*stack)[i];
+    if (value.isTensor()) {
+      if (value.toTensor().defined()) value = aliases.device(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> returned;
+      for (const at::Tensor& tensor : value.toTensorVector()) returned.push_back(aliases.device(tensor));
+      value = c10::List<at::Tensor>(std::move(returned));
+    }
+  }
+}
+
+void record_operations(bool on) {
+  std::lock_guard<std::mutex> held(g_recorded_lock);
+  if (on) g_recorded.clear();
+  g_recording = on;
+}
+
+std::vector<std::string> recorded_operations() {
+  std::lock_guard<std::mutex> held(g_recorded_lock);
+  std::vector<std::string> lines;
+  for (const auto& [name, times] : g_recorded) lines.push_back(name + " " + std::to_string(times));
+  return lines;
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
+
+// Operations that have a kernel for the CPU besides a composite one: the composite one would be taken, and its result
+// differs from the host's in the last bits.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  for (const auto* name :
+       {"native_layer_norm", "native_group_norm", "_stack", "addr", "all.dims", "any.dims", "all.dims_out",
+        "any.dims_out", "linalg__powsum", "native_channel_shuffle", "silu_backward", "mish_backward",
+        // their out= variants resize what they are given, twice: a warning, and bytes that no result holds
+        "mse_loss", "smooth_l1_loss"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+// bitsandbytes' kernels for a device that it does not know go through torch.compile and fall back in silence if that
+// fails; its kernels for the CPU are the ones to compare with.
+TORCH_LIBRARY_IMPL(bitsandbytes, PrivateUse1, m) {
+  for (const auto* name :
+       {"dequantize_4bit", "dequantize_blockwise", "quantize_blockwise", "int8_linear_matmul", "gemv_4bit"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+}  // namespace sim

@@ -1,0 +1,13 @@
+// Any operation on the simulated device, run by the CPU's own kernel on the same memory.
+#pragma once
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace sim {
+
+void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+
+// Which operations ran, and how often, since the recording was switched on.
+void record_operations(bool on);
+std::vector<std::string> recorded_operations();
+
+}  // namespace sim

@@ -1,0 +1,228 @@
+// The operations that the fallback cannot run: they allocate, share or move memory, or choose by device.
+#include <ATen/EmptyTensor.h>
+#include <ATen/native/ConvUtils.h>
+#include <ATen/native/DispatchStub.h>
+#include <ATen/native/Resize.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
+#include <ATen/ops/_local_scalar_dense.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/resize_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/view_native.h>
+#include <ATen/ops/as_strided.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/util/strides.h>
+#include <torch/library.h>
+
+#include "aliasing.h"
+#include "memory.h"
+
+namespace sim {
+namespace {
+
+using at::Tensor;
+using c10::IntArrayRef;
+
+constexpr auto kKeys = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+
+void check_options(std::optional<c10::Layout> layout, std::optional<bool> pin) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      c10::layout_or_default(layout) == c10::kStrided, "The simulated device holds dense tensors only; found layout ",
+      c10::layout_or_default(layout), ".");
+  TORCH_CHECK(!pin.value_or(false), "Only dense CPU tensors can be pinned");
+}
+
+Tensor empty(
+    IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+    std::optional<c10::Device> device, std::optional<bool> pin, std::optional<c10::MemoryFormat> format) {
+  check_options(layout, pin);
+  c10::DeviceGuard on(c10::device_or_default(device));
+  return at::detail::empty_generic(size, device_allocator(), kKeys, c10::dtype_or_default(dtype), format);
+}
+
+Tensor empty_strided(
+    IntArrayRef size, IntArrayRef stride, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+    std::optional<c10::Device> device, std::optional<bool> pin) {
+  check_options(layout, pin);
+  c10::DeviceGuard on(c10::device_or_default(device));
+  return at::detail::empty_strided_generic(size, stride, device_allocator(), kKeys, c10::dtype_or_default(dtype));
+}
+
+Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
+  const bool to_sim = on_sim(to), from_sim = on_sim(from);
+  const int device = (to_sim ? to : from).device().index();
+  // As on CUDA, what crosses is in the target's dtype; one device's own copy and a copy to another are both d2d.
+  const auto bytes = static_cast<int64_t>(to.numel() * to.element_size());
+  count_copy(
+      device,
+      to_sim && from_sim ? Direction::DeviceToDevice
+          : to_sim       ? Direction::HostToDevice
+                         : Direction::DeviceToHost,
+      bytes);
+  Aliases aliases;
+  KernelScope kernel;
+  Tensor target = to_sim ? aliases.host(to) : to;
+  target.copy_(from_sim ? aliases.host(from) : from, non_blocking);
+  return to;
+}
+
+Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
+  Tensor target = to;
+  copy_(target, from, non_blocking);
+  return to;
+}
+
+Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
+  at::native::resize_(to, from.sizes(), std::nullopt);
+  return copy_from(from, to, false);
+}
+
+c10::Scalar local_scalar(const Tensor& tensor) {
+  count_copy(tensor.device().index(), Direction::DeviceToHost, static_cast<int64_t>(tensor.element_size()));
+  Aliases aliases;
+  KernelScope kernel;
+  return at::_local_scalar_dense(aliases.host(tensor));
+}
+
+Tensor& set_nothing(Tensor& self) {
+  c10::DeviceGuard on(self.device());
+  c10::Storage storage(
+      c10::Storage::use_byte_size_t(), 0, device_allocator()->allocate(0), device_allocator(), /*resizable=*/true);
+  return at::native::set_storage_cpu_(self, std::move(storage), 0, {0}, {});
+}
+
+Tensor& set_storage(Tensor& self, at::Storage storage) { return at::native::set_(self, std::move(storage)); }
+
+// Lets `parameter.data = ...` cross between host and device, which is how group offloading moves weights.
+bool may_swap(const Tensor& a, const Tensor& b) {
+  auto fits = [](const Tensor& t) {
+    return t.layout() == c10::kStrided && (t.device().type() == kSim || t.device().is_cpu());
+  };
+  return fits(a) && fits(b);
+}
+
+void record_stream(Tensor&, at::Stream) {}
+
+// ------------------------------------------------------------------------------------------------ convolution
+
+// The host's kernels would see two host tensors and notice nothing.
+void check_same_device(const Tensor& first, const Tensor& other) {
+  TORCH_CHECK(
+      !other.defined() || first.device() == other.device(),
+      "Expected all tensors to be on the same device, but found at least two devices, ", first.device(), " and ",
+      other.device(), "! (when checking arguments of a convolution)");
+}
+
+// torch decides the layout of a convolution's result from its backend, and FakeTensors foretell it in the same way:
+// whatever the host's kernel returned is brought into that layout, the strides of dimensions of size 1 as well.
+Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
+  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Overrideable);
+  const Tensor laid_out = result.contiguous(format);
+  const auto sizes = laid_out.sizes();
+  if (format == c10::MemoryFormat::ChannelsLast)
+    return laid_out.as_strided(sizes, c10::get_channels_last_strides_2d(sizes));
+  if (format == c10::MemoryFormat::ChannelsLast3d)
+    return laid_out.as_strided(sizes, c10::get_channels_last_strides_3d(sizes));
+  return laid_out.as_strided(sizes, c10::contiguous_strides(sizes));
+}
+
+Tensor convolution(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
+  check_same_device(input, weight);
+  if (bias.has_value()) check_same_device(input, *bias);
+  Aliases aliases;
+  count_kernel(input.device().index());
+  KernelScope kernel;
+  std::optional<Tensor> host_bias;
+  const Tensor host_input = aliases.host(input), host_weight = aliases.host(weight);
+  if (bias.has_value() && bias->defined()) host_bias = aliases.host(*bias);
+  const Tensor result = at::convolution(
+      host_input, host_weight, host_bias, stride, padding, dilation, transposed, output_padding, groups);
+  return aliases.device(in_foretold_layout(result, input, weight));
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
+    IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
+  check_same_device(input, weight);
+  check_same_device(input, grad);
+  Aliases aliases;
+  count_kernel(input.device().index());
+  KernelScope kernel;
+  const int64_t bias_size = transposed ? weight.size(1) * groups : weight.size(0);
+  const Tensor host_grad = aliases.host(grad), host_input = aliases.host(input), host_weight = aliases.host(weight);
+  auto [by_input, by_weight, by_bias] = at::convolution_backward(
+      host_grad, host_input, host_weight, IntArrayRef(bias_size), stride, padding, dilation, transposed,
+      output_padding, groups, wanted);
+  return {aliases.device(by_input), aliases.device(by_weight), aliases.device(by_bias)};
+}
+
+// -------------------------------------------------------------------------------------------------- attention
+
+// The host's fused kernel takes these. Metadata only: FakeTensors reach it.
+bool host_flash_takes(const sdp::sdp_params& p) {
+  const auto dtype = p.query.scalar_type();
+  const bool known = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const auto width = p.query.dim() == 4 ? p.query.sym_size(3) : c10::SymInt(0);
+  return known && p.key.scalar_type() == dtype && p.value.scalar_type() == dtype && sdp::check_nested_tensor(p, false) &&
+      sdp::check_for_dropout(p, false) && sdp::check_tensor_shapes(p, false) &&
+      sdp::check_batch_size_and_num_heads_dense</*supports_gqa=*/true>(p, false) &&
+      sdp::check_attn_mask_shape(p, false) && p.key.sym_size(3) == width && p.value.sym_size(3) == width &&
+      sdp::check_nonzero_sequence_lengths_dense(p, false) && p.query.sym_stride(-1) == 1 &&
+      p.key.sym_stride(-1) == 1 && p.value.sym_stride(-1) == 1;
+}
+
+// One fused kernel stands for all of CUDA's: it runs where any of them is allowed, so the scores are not held in memory.
+int64_t attention_choice(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
+    bool causal, std::optional<double> /*scale*/, bool grouped) {
+  const auto& context = at::globalContext();
+  const bool fused =
+      context.userEnabledFlashSDP() || context.userEnabledMemEfficientSDP() || context.userEnabledCuDNNSDP();
+  if (fused && host_flash_takes({query, key, value, mask, dropout, causal, grouped}))
+    return static_cast<int64_t>(at::SDPBackend::flash_attention);
+  TORCH_CHECK(context.userEnabledMathSDP(), "No available kernel. Aborting execution.");
+  return static_cast<int64_t>(at::SDPBackend::math);
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
+  m.impl("view", TORCH_FN(at::native::view));
+  m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
+  m.impl("resize_", TORCH_FN(at::native::resize_));
+  m.impl("set_", set_nothing);
+  m.impl("set_.source_Storage", set_storage);
+  m.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
+  m.impl("set_.source_Tensor", TORCH_FN(at::native::set_tensor_));
+  m.impl("copy_", copy_);
+  m.impl("_copy_from", copy_from);
+  m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("_local_scalar_dense", local_scalar);
+  m.impl("_has_compatible_shallow_copy_type", may_swap);
+  m.impl("record_stream", record_stream);
+  m.impl("convolution_overrideable", convolution);
+  m.impl("convolution_backward_overrideable", convolution_backward);
+  m.impl("_fused_sdp_choice", attention_choice);
+}
+
+}  // namespace
+
+int64_t choose_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
+    bool causal, std::optional<double> scale, bool grouped) {
+  return attention_choice(query, key, value, mask, dropout, causal, scale, grouped);
+}
+
+}  // namespace sim
+
+namespace at::native {
+// scaled_dot_product_attention asks this table, not the dispatcher.
+REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &sim::choose_attention)
+}  // namespace at::native

@@ -1,0 +1,57 @@
+// Memory of the simulated devices: ordinary host memory, with every byte charged to the device that holds it.
+#pragma once
+#include <c10/core/Allocator.h>
+#include <c10/core/StorageImpl.h>
+
+#include <cstdint>
+#include <string>
+
+namespace sim {
+
+// What one device has counted. `allocated` is what tensors hold; `reserved` is what the device has set aside for them.
+struct Counters {
+  int64_t allocated = 0, peak_allocated = 0;
+  int64_t requested = 0, peak_requested = 0;
+  int64_t reserved = 0, peak_reserved = 0;
+  int64_t allocated_total = 0;
+  int64_t allocations = 0, frees = 0;
+  int64_t segments_made = 0, segments_freed = 0;
+  int64_t out_of_memory = 0;
+  int64_t h2d_bytes = 0, d2h_bytes = 0, d2d_bytes = 0;
+  int64_t h2d_calls = 0, d2h_calls = 0, d2d_calls = 0;
+  int64_t kernels = 0;
+};
+
+enum class Direction { HostToDevice, DeviceToHost, DeviceToDevice };
+
+c10::Allocator* device_allocator();
+c10::Allocator* host_allocator();
+c10::Allocator* pinned_allocator();
+
+// The host allocator becomes torch's own for the CPU, so that what a CPU kernel allocates can be handed to a device.
+void install_allocators();
+
+bool is_pinned(const void* pointer);
+
+// Takes the memory of a host storage for a device, without a copy if our host allocator made it. May raise out of memory.
+c10::DataPtr adopt(c10::StorageImpl& host, int device);
+
+void count_copy(int device, Direction direction, int64_t bytes);
+void count_kernel(int device);
+
+Counters counters(int device);
+void reset_peaks(int device);
+void reset_counts(int device);
+void empty_cache();
+
+int64_t capacity(int device);
+void set_capacity(int device, int64_t bytes);
+// What this process may reserve of it.
+int64_t allowed(int device);
+void set_allowed(int device, int64_t bytes);
+
+// Round and keep blocks as CUDA's caching allocator does, or (false) count each byte as it was asked for.
+void set_caching(bool caching);
+bool caching();
+
+}  // namespace sim

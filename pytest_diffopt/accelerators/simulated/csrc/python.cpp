@@ -1,0 +1,41 @@
+// What the Python face calls, as torch.ops.pytest_diffopt_sim.*: plain numbers, so that no Python header is needed and
+// one library serves every Python.
+#include <torch/library.h>
+
+#include "device.h"
+#include "fallback.h"
+#include "memory.h"
+
+namespace sim {
+
+TORCH_LIBRARY(pytest_diffopt_sim, m) {
+  m.def("device_count", []() -> int64_t { return device_count(); });
+  m.def("set_device_count", [](int64_t count) { set_device_count(count); });
+  m.def("current_device", []() -> int64_t { return current_device(); });
+  m.def("set_device", [](int64_t device) { set_current_device(device); });
+  m.def("check_device", [](int64_t device) { check_device(device); });
+  // In the order of face.COUNTERS.
+  m.def("counters", [](int64_t device) -> std::vector<int64_t> {
+    const Counters c = counters(resolve_device(device));
+    return {
+        c.allocated,   c.peak_allocated, c.requested,      c.peak_requested, c.reserved,  c.peak_reserved,
+        c.allocations, c.frees,          c.allocated_total, c.segments_made, c.segments_freed, c.out_of_memory,
+        c.h2d_bytes,   c.d2h_bytes,      c.d2d_bytes,      c.h2d_calls,      c.d2h_calls, c.d2d_calls,
+        c.kernels};
+  });
+  m.def("default_generator", [](int64_t device) -> at::Generator { return default_generator(device); });
+  m.def("memory_allocated", [](int64_t device) -> int64_t { return counters(resolve_device(device)).allocated; });
+  m.def("reset_peaks", [](int64_t device) { reset_peaks(resolve_device(device)); });
+  m.def("reset_counts", [](int64_t device) { reset_counts(resolve_device(device)); });
+  m.def("empty_cache", []() { empty_cache(); });
+  m.def("allowed", [](int64_t device) -> int64_t { return allowed(resolve_device(device)); });
+  m.def("capacity", [](int64_t device) -> int64_t { return capacity(resolve_device(device)); });
+  m.def("set_capacity", [](int64_t device, int64_t bytes) { set_capacity(resolve_device(device), bytes); });
+  m.def("set_allowed", [](int64_t device, int64_t bytes) { set_allowed(resolve_device(device), bytes); });
+  m.def("set_caching", [](bool on) { set_caching(on); });
+  m.def("caching", []() -> bool { return caching(); });
+  m.def("record_operations", [](bool on) { record_operations(on); });
+  m.def("recorded_operations", []() -> std::vector<std::string> { return recorded_operations(); });
+}
+
+}  // namespace sim

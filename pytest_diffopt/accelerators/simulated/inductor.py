@@ -1,0 +1,152 @@
+"""torch.compile on the simulated device: Inductor's C++ code for the CPU, called on the device's tensors.
+
+Nothing is imported until torch imports its own compiler: :func:`register_with_compilers` waits for that.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def register_with_compilers() -> None:
+    """Make Dynamo and Inductor know the device, each as soon as it is imported."""
+    _when_imported("torch._dynamo.device_interface", _register_interface)
+    _when_imported("torch._inductor.compile_fx", _register_inductor)  # the last: the modules import each other
+
+
+def _when_imported(name: str, action: Callable[[], None]) -> None:
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs an action after one module's own code, once."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        loader = spec.loader
+        run = loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            run(module)
+            self.action()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_interface() -> None:
+    from torch._dynamo import device_interface
+
+    face = torch.sim  # type: ignore[attr-defined]
+
+    class Worker:
+        set_device = staticmethod(face.set_device)
+        current_device = staticmethod(face.current_device)
+        get_device_properties = staticmethod(face.get_device_properties)
+
+    names = (
+        *("Event", "Stream", "device", "current_device", "set_device", "device_count", "is_available", "stream"),
+        *("current_stream", "set_stream", "synchronize", "get_device_properties", "memory_allocated"),
+        *("is_bf16_supported",),
+    )
+    members: dict[str, Any] = {
+        name: value if isinstance(value := getattr(face, name), type) else staticmethod(value) for name in names
+    }
+    members |= {
+        "Worker": Worker,
+        "exchange_device": staticmethod(face._exchange_device),
+        "maybe_exchange_device": staticmethod(face._maybe_exchange_device),
+        "get_compute_capability": staticmethod(lambda device=None: ""),
+        "get_raw_stream": staticmethod(lambda device_index: 0),
+        "is_dtype_supported": classmethod(lambda cls, dtype, including_emulation=False: True),
+        "is_triton_capable": staticmethod(lambda device=None: False),
+        "set_stream_by_id": staticmethod(
+            lambda **known: face.set_stream(face.Stream(**known)),
+        ),
+    }
+    interface = type("SimInterface", (device_interface.DeviceInterface,), members)
+    device_interface.register_interface_for_device("sim", interface)
+    for index in range(face.device_count()):
+        device_interface.register_interface_for_device(f"sim:{index}", interface)
+
+
+def _register_inductor() -> None:
+    from torch._inductor import config, scheduler, utils
+    from torch._inductor.codegen import common, cpp, cpp_utils, wrapper
+
+    common.init_backend_registration()
+
+    class SimWrapper(wrapper.PythonWrapperCodegen):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
+            if is_subgraph:
+                return wrapper.SubgraphPythonWrapperCodegen(subgraph_name, parent_wrapper, partition_signatures)
+            return SimWrapper()  # type: ignore[no-untyped-call]
+
+        def _generate_kernel_call_helper(
+            self, kernel_name: str, call_args: Any, *, device: Any = None, **more: Any
+        ) -> None:
+            from torch._inductor.virtualized import V
+
+            device = device or V.graph.get_current_device_or_throw()
+            if device.type == "sim":
+                device = torch.device("cpu")  # a C++ kernel is called with pointers: no stream, no Triton launcher
+            super()._generate_kernel_call_helper(kernel_name, call_args, device=device, **more)
+
+    class SimOverrides(common.DeviceOpOverrides):  # type: ignore[misc, unused-ignore]
+        def import_get_raw_stream_as(self, name: str) -> str:
+            return f"def {name}(_):\n    return 0\n"
+
+        def set_device(self, device_idx: int) -> str:
+            return f"torch.sim.set_device({device_idx})"
+
+        def synchronize(self) -> str:
+            return "torch.sim.synchronize()"
+
+        def device_guard(self, device_idx: int) -> str:
+            return f"torch.sim.device({device_idx})"
+
+    common.register_backend_for_device("sim", cpp.CppScheduling, SimWrapper)
+    common.register_device_op_overrides("sim", SimOverrides())
+    cpp_utils.DEVICE_TO_ATEN["sim"] = "at::kPrivateUse1"
+
+    # Fusion asks whether a node runs on the CPU, by name.
+    def is_cpu(self: Any) -> bool:
+        device = self.get_device()
+        return device is not None and device.type in ("cpu", "sim")
+
+    scheduler.BaseSchedulerNode.is_cpu = is_cpu  # type: ignore[method-assign]
+
+    # Any device that Inductor does not know is taken for one with Triton.
+    original = utils.get_current_backend
+
+    def get_current_backend(device_type: str | None = None) -> str:
+        from torch._inductor.virtualized import V
+
+        device_type = device_type or V.graph.get_current_device_or_throw().type
+        return str(config.cpu_backend) if device_type == "sim" else str(original(device_type))
+
+    for module in (utils, common, scheduler):
+        setattr(module, "get_current_backend", get_current_backend)  # noqa: B010  (each imported it by its name)

@@ -1,0 +1,33 @@
+"""The simulated device, as every test of this folder finds it: empty, device 0 current, counters at nought."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_diffopt.errors import UnverifiableError
+
+try:
+    import pytest_diffopt.accelerators.simulated  # noqa: F401
+except UnverifiableError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def sim() -> Iterator[Any]:
+    """``torch.sim``, with no counts, no limit and one byte counted as one."""
+    sim: Any = torch.sim  # type: ignore[attr-defined]
+    gc.collect()
+    for index in range(sim.device_count()):
+        sim.reset_peak_memory_stats(index)
+        sim.reset_counts(index)
+    yield sim
+    sim.set_device(0)
+    sim.set_caching_allocator(False)
+    sim.empty_cache()
+    for index in range(sim.device_count()):
+        sim.set_memory_limit(None, index)

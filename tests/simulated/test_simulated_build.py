@@ -1,0 +1,167 @@
+"""The library is built once, whole or not at all, and says what it lacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_diffopt.accelerators.simulated import build
+from pytest_diffopt.errors import UnverifiableError
+
+# A compiler that is quick: it notes each call and makes what it was told to make.
+COMPILER = """#!{python}
+import sys, time, pathlib
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    print("quick 1.0")
+    raise SystemExit
+with open({log!r}, "a") as log:
+    print(arguments[arguments.index("-o") + 1], file=log)
+time.sleep(0.05)
+pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("made")
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the quick compiler made, a line each; the cache is empty."""
+    log, compiler = tmp_path / "log", tmp_path / "quick-c++"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(tmp_path / "cache"))
+    return log
+
+
+def made(log: Path) -> list[str]:
+    return [Path(line).name for line in log.read_text().splitlines()]
+
+
+def test_it_is_built_once_and_then_found(log: Path) -> None:
+    first = build.ensure_library()
+    count = len(list(build.SOURCES.glob("*.cpp")))
+    assert len(made(log)) == count + 1
+    assert made(log)[-1] == "device.so"
+    assert build.ensure_library() == first
+    assert len(made(log)) == count + 1
+    assert sorted(path.name for path in first.parent.iterdir()) == ["device.so", "device.so.sha256", "lock"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another", "gone", "no checksum"])
+def test_a_damaged_library_is_built_again(log: Path, damage: str) -> None:
+    library = build.ensure_library()
+    if damage == "truncated":
+        library.write_bytes(b"ma")
+    elif damage == "of another":
+        library.write_bytes(b"other")
+    elif damage == "gone":
+        library.unlink()
+    else:
+        library.with_name("device.so.sha256").unlink()
+    before = len(made(log))
+    assert build.ensure_library().read_text() == "made"
+    assert len(made(log)) == 2 * before
+
+
+def test_processes_at_once_build_it_once(log: Path) -> None:
+    # the package's own import would build with the quick compiler: the module alone is what is tested
+    code = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('build', {build.__file__!r}); "
+        "build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build); build.ensure_library()"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [one.wait() for one in running] == [0] * 4
+    assert made(log).count("device.so") == 1
+
+
+def test_another_torch_compiler_or_source_is_another_library(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = build.find_compiler()
+    keys = {build.cache_key(compiler)}
+    keys.add(build.cache_key((*compiler, "-m64")))
+    with monkeypatch.context() as changed:
+        changed.setattr("torch.__version__", "9.9.9")
+        keys.add(build.cache_key(compiler))
+    copied = tmp_path / "csrc"
+    copied.mkdir()
+    for source in build.SOURCES.iterdir():
+        (copied / source.name).write_text(source.read_text() + "// changed\n")
+    monkeypatch.setattr(build, "SOURCES", copied)
+    keys.add(build.cache_key(compiler))
+    assert len(keys) == 4
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Path(os.environ["CXX"])
+    text = compiler.read_text()
+    compiler.write_text(text.replace("time.sleep(0.05)", 'raise SystemExit("device.cpp:3: error: no such thing")'))
+    with pytest.raises(
+        UnverifiableError, match=r"was not built: quick-c\+\+ failed with device\.cpp:3: error: no such"
+    ):
+        build.ensure_library()
+    folder = build.cache_directory() / "simulated" / build.cache_key(build.find_compiler())
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_no_compiler_is_one_sentence_that_says_what_to_install(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path), "DIFFOPT_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("CXX", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", "import pytest_diffopt.accelerators.simulated"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == (
+        "pytest_diffopt.errors.UnverifiableError: The simulated accelerator is built on first use and needs a C++20 "
+        "compiler; there is no g++, clang++ or c++ on PATH. Install one (Debian and Ubuntu: apt-get install g++; "
+        "Fedora: dnf install gcc-c++; conda: conda install gxx; macOS: xcode-select --install)."
+    )
+
+
+def test_a_compiler_that_was_named_and_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(UnverifiableError, match="CXX is 'no-such-compiler -O2', which is not there"):
+        build.find_compiler()
+
+
+def test_a_cache_that_cannot_be_written_is_said(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(blocked))
+    with pytest.raises(UnverifiableError, match=r"cannot be built below .* set DIFFOPT_CACHE_DIR to a directory"):
+        build.ensure_library()
+
+
+def test_another_third_partys_device_is_an_error() -> None:
+    code = "import torch; torch.utils.rename_privateuse1_backend('npu'); import pytest_diffopt.accelerators.simulated"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "torch has one place for a third party's device, and 'npu' has taken it." in ran.stderr
+
+
+@pytest.mark.parametrize(("said", "devices"), [("1", 1), ("5", 5), ("none", None), ("17", None)])
+def test_the_number_of_devices_is_taken_from_the_environment(said: str, devices: int | None) -> None:
+    code = "import torch, pytest_diffopt.accelerators.simulated; print(torch.sim.device_count())"
+    environment = {**os.environ, "DIFFOPT_SIM_DEVICES": said}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if devices is None:
+        assert f"DIFFOPT_SIM_DEVICES: found {said!r}; it takes a number of devices from 1 to 16" in ran.stderr
+    else:
+        assert ran.stdout == f"{devices}\n"
+
+
+def test_torchs_compiler_is_not_imported_for_it() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import pytest_diffopt.accelerators.simulated; "
+        "print([m for m in set(sys.modules) - before if m.startswith(('torch._inductor', 'torch._dynamo'))])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
