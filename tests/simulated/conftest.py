@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_diffopt.errors import UnverifiableError
-
-try:
-    import pytest_diffopt.accelerators.simulated  # noqa: F401
-except UnverifiableError as error:
-    pytest.skip(str(error), allow_module_level=True)
+import pytest_diffopt.accelerators.simulated  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
