@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def counting_executions(
                 names[id(inner)] = (component, path, frozenset({own}))
                 if not path:
                     roots.setdefault(own, []).append(component)
-    before, before_in_threads = sys.getprofile(), threading.getprofile()
+    before = sys.getprofile()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code in meant:
@@ -129,13 +128,11 @@ def counting_executions(
                 key = (current_call(), named[0], named[1])
                 counts[key] = counts.get(key, 0) + 1
 
-    threading.setprofile(profile)
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(before)
-        threading.setprofile(before_in_threads)
 
 
 def perturb(arguments: Mapping[str, Any]) -> bool:
