@@ -228,12 +228,11 @@ class _Run:
             self._stance(),
             counting,
         ):
-            drawn = state.read_random()
             for call in range(self.recipe.call.count):
                 self._call(prepared, call, "call")
             self.random_after = state.read_random()
             try:
-                state.write_random(drawn)  # so that only the inputs differ from those of the first call
+                state.write_random(random_before)  # so that only the inputs differ from those of the first call
                 self._sensitivity_call(prepared)
             except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
                 self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")

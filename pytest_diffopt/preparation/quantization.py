@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
+from pytest_diffopt.preparation.linear_layers import is_quantized_class
 
 if TYPE_CHECKING:
     import torch
@@ -161,13 +161,6 @@ def use_default_kernels(components: Mapping[str, torch.nn.Module], accelerator: 
         for layer in module.modules():
             if hasattr(layer, "support_avx512bf16_for_cpu"):
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def meant_components(quantization: Quantization, components: Mapping[str, torch.nn.Module]) -> tuple[str, ...]:
-    """The components that a recipe quantizes: those named, else every one with Linear-like layers."""
-    if quantization.components is not None:
-        return quantization.components
-    return tuple(name for name, m in components.items() if any(is_linear_like(layer) for layer in m.modules()))
 
 
 def kept_plain(component: torch.nn.Module) -> tuple[str, ...]:
