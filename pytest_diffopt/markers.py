@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
 _Marked = TypeVar("_Marked", bound="Callable[..., Any] | type")
-_BACKENDS = tuple(kind for kind in KINDS if kind != "cpu")
+_BACKENDS = tuple(kind for kind in KINDS if kind not in ("sim", "cpu"))
 
 
 class Marker:

@@ -17,7 +17,7 @@ class Settings:
     """What the options say, parsed once; a field a row of :data:`OPTIONS`.
 
     Attributes:
-        device: kind of the accelerator, or ``auto``: the first real one there is, else the host.
+        device: kind of the accelerator, or ``auto``: the first real one there is, else the simulated one.
         compile_backend: overrides the compile backend of every recipe; None leaves it to the recipe.
         hub: whether pipelines may be downloaded from the hub.
         strict: whether unverified verdicts and skipped recipes fail the run.
@@ -83,12 +83,12 @@ def _backend(text: str) -> str | None:
 
 
 # accelerators.KINDS, written again (a test compares them): importing it would slow every start of pytest
-_DEVICES = ("auto", "cuda", "xpu", "mps", "cpu")
+_DEVICES = ("auto", "cuda", "xpu", "mps", "sim", "cpu")
 
 OPTIONS: tuple[Option, ...] = (
     Option(
         "device",
-        "the device that recipes run on; auto takes the first real one there is, else the host",
+        "the device that recipes run on; auto takes the first real one there is, else the simulated one",
         default="auto",
         takes=f"one of: {', '.join(_DEVICES)}",
         parse=_one_of(*_DEVICES),

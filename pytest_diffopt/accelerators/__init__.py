@@ -1,12 +1,13 @@
 """Which device a recipe runs on, and its memory: one small facade over torch's device modules.
 
-On a machine with no accelerator the host itself stands in (``cpu``): everything is judged there except what only an
-accelerator can show, its memory.
+On a machine with no accelerator the simulated one stands in (``sim``). The host itself (``cpu``) is taken where it is asked
+for: everything is judged there except what only an accelerator can show, its memory.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from pytest_diffopt.errors import DiffoptError
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("cuda", "xpu", "mps", "cpu")
+KINDS = ("cuda", "xpu", "mps", "sim", "cpu")
+"""In the order in which ``auto`` looks for them; the simulated one is always there."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,27 @@ class Accelerator:
 
     @property
     def is_real(self) -> bool:
-        """Whether it is an accelerator of its own, with memory of its own."""
-        return self.kind != "cpu"
+        """Whether it is hardware of its own."""
+        return self.kind not in ("sim", "cpu")
 
     @property
     def is_simulated(self) -> bool:
-        return False
+        """Whether the host computes for it, and only its memory is its own."""
+        return self.kind == "sim"
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is the host, which has no memory apart."""
+        return self.kind == "cpu"
 
     @property
     def device(self) -> torch.device:
+        """The current device of the kind, e.g. ``cuda:0``; the host and mps have one only."""
         import torch
 
-        return torch.device(self.kind)
+        if self.kind in ("cpu", "mps"):
+            return torch.device(self.kind)
+        return torch.device(self.kind, self._module.current_device())
 
     @functools.cached_property
     def _module(self) -> Any:
@@ -57,42 +68,59 @@ class Accelerator:
 
     def synchronize(self) -> None:
         """Wait until everything that was queued on the device has run."""
-        if self.is_real:
+        if not self.is_host:
             self._module.synchronize()
 
     def reset_peak(self) -> None:
         """Begin a new measurement of :meth:`peak_bytes`."""
-        if self.is_real and hasattr(self._module, "reset_peak_memory_stats"):
-            self._module.reset_peak_memory_stats()
+        if not self.is_host and hasattr(self._module, "reset_peak_memory_stats"):
+            for index in range(self._module.device_count()):
+                self._module.reset_peak_memory_stats(index)
 
     def peak_bytes(self) -> int | None:
         """Peak of allocated bytes since :meth:`reset_peak`, or None where the device does not count them."""
-        if self.is_real and hasattr(self._module, "max_memory_allocated"):
+        if not self.is_host and hasattr(self._module, "max_memory_allocated"):
             return int(self._module.max_memory_allocated())
         return None
 
     def live_bytes(self) -> int | None:
         """Bytes allocated now, or None where the device does not count them."""
-        if self.is_real and hasattr(self._module, "memory_allocated"):
+        if not self.is_host and hasattr(self._module, "memory_allocated"):
             return int(self._module.memory_allocated())
         return None
 
+    def elsewhere_bytes(self) -> int | None:
+        """Peak bytes since :meth:`reset_peak` on devices of this kind other than the current one; None where not counted."""
+        if self.is_host or not hasattr(self._module, "max_memory_allocated") or not hasattr(self._module, "device_count"):
+            return None
+        current = self._module.current_device()
+        others = (index for index in range(self._module.device_count()) if index != current)
+        return sum(int(self._module.max_memory_allocated(index)) for index in others)
+
+    def transferred_bytes(self) -> dict[str, int] | None:
+        """Bytes copied so far, ``h2d`` from the host and ``d2h`` to it; None where the device does not count them."""
+        if self.is_host or not hasattr(self._module, "transfer_stats"):
+            return None
+        stats = self._module.transfer_stats()
+        return {"h2d": int(stats["h2d_bytes"]), "d2h": int(stats["d2h_bytes"])}
+
     def empty_cache(self) -> None:
         """Give cached blocks back to the device."""
-        if self.is_real:
+        if not self.is_host:
             self._module.empty_cache()
 
 
 def select(kind: str = "auto") -> Accelerator:
-    """The accelerator of that kind; ``auto`` takes the first real one there is, else the host.
+    """The accelerator of that kind; ``auto`` takes the first real one there is, else the simulated one.
 
     Raises:
         DiffoptError: the kind is unknown, or there is no such device on this machine.
+        UnverifiableError: the simulated one cannot be built here, or another device has its place in torch.
     """
     import torch
 
     if kind == "auto":
-        kind = next((k for k in KINDS if k != "cpu" and _available(k)), "cpu")
+        kind = next(k for k in KINDS if _available(k))
     if kind not in KINDS:
         raise DiffoptError(f"device: found {kind!r}; it takes one of: auto, {', '.join(KINDS)}")
     if not _available(kind):
@@ -102,6 +130,8 @@ def select(kind: str = "auto") -> Accelerator:
         return Accelerator("cpu", "cpu")
     if kind == "mps":
         return Accelerator("mps", "mps")
+    if kind == "sim":
+        importlib.import_module("pytest_diffopt.accelerators.simulated")
     module = getattr(torch, kind)
     properties = module.get_device_properties(module.current_device())
     capability = module.get_device_capability() if kind == "cuda" else None
@@ -111,7 +141,7 @@ def select(kind: str = "auto") -> Accelerator:
 def _available(kind: str) -> bool:
     import torch
 
-    if kind == "cpu":
+    if kind in ("sim", "cpu"):
         return True
     module = getattr(torch, kind, None)
     return bool(module is not None and module.is_available())

@@ -292,7 +292,7 @@ def _globals() -> tuple[Global, ...]:
             for name in ("flash", "math", "mem_efficient", "cudnn")
             if hasattr(torch.backends.cuda, f"{name}_sdp_enabled")
         ),
-        *(_autocast(kind) for kind in ("cpu", "cuda")),
+        *(_autocast(kind) for kind in ("cpu", "cuda", *(("sim",) if hasattr(torch, "sim") else ()))),
         Global("torch compiler stance", _read_stance, _write_stance),
         Global("torch compiler callbacks", _read_callbacks, _write_callbacks),
         Global("torch.nn global module hooks", _read_module_hooks, _write_module_hooks),
@@ -300,6 +300,8 @@ def _globals() -> tuple[Global, ...]:
         Global("environment variables", _read_environment, _write_environment),
         Global("working directory", os.getcwd, os.chdir),
     ]
+    if (device := _device_module()) is not None:
+        entries.append(Global("accelerator's current device", device.current_device, device.set_device))
     return tuple(entries)
 
 
@@ -347,9 +349,17 @@ def read_random() -> dict[str, Any]:
     state: dict[str, Any] = {"python random": random.getstate(), "torch random": torch.get_rng_state()}
     if "numpy" in sys.modules:
         state["numpy random"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["accelerator random"] = torch.cuda.get_rng_state_all()
+    if (device := _device_module()) is not None:
+        state["accelerator random"] = device.get_rng_state_all()
     return state
+
+
+def _device_module() -> Any:
+    """torch's module of the accelerator that has been used in this process; None where there is none."""
+    torch = _torch()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda
+    return getattr(torch, "sim", None)  # there from the moment that the simulated accelerator is loaded
 
 
 def write_random(state: dict[str, Any]) -> None:
@@ -360,7 +370,7 @@ def write_random(state: dict[str, Any]) -> None:
     if "numpy random" in state:
         sys.modules["numpy"].random.set_state(state["numpy random"])
     if "accelerator random" in state:
-        torch.cuda.set_rng_state_all(state["accelerator random"])
+        _device_module().set_rng_state_all(state["accelerator random"])
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -425,7 +435,8 @@ def give_back(before: Snapshot) -> None:
             if key not in now or not _same(value, now[key]):
                 setattr(module, key, value)
     for entry in _globals():
-        if not _same(before.values[entry.name], entry.read()):
+        # a device that was first used in between has globals that are not in the snapshot
+        if entry.name in before.values and not _same(before.values[entry.name], entry.read()):
             entry.write(before.values[entry.name])
     write_random(before.random)
 

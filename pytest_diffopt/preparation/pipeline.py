@@ -272,7 +272,7 @@ def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
             module.to(dtype)
     if recipe.quantization is not None and not own:
         quantization.quantize_in_place(components, recipe.quantization, accelerator.device)
-    if recipe.offloading is None and accelerator.is_real:
+    if recipe.offloading is None and not accelerator.is_host:
         for module in components.values():
             module.to(accelerator.device)
     _quiet(pipeline)
@@ -327,7 +327,7 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
                 raise PreparationError(
                     f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
                 )
-    if recipe.offloading is None and accelerator.is_real:
+    if recipe.offloading is None and not accelerator.is_host:
         pipeline.to(accelerator.device)
     _quiet(pipeline)
     family = resolved.family

@@ -51,12 +51,12 @@ def pipeline_config(quantization: Quantization) -> Any:
 @contextlib.contextmanager
 def quantizers_accept(accelerator: Accelerator) -> Iterator[None]:
     """Let the quantizers load onto a device that is no GPU. On a GPU nothing is changed."""
-    if accelerator.kind != "cpu":
+    if accelerator.is_real:
         yield
         return
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
-    device_map = {"": accelerator.kind}
+    device_map = {"": str(accelerator.device)}
     with contextlib.ExitStack() as stack:
         for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
             # raises "No GPU found", though the layers run on the host
