@@ -140,12 +140,9 @@ class RequiresGpu(Marker):
 def unsupported(marker: RequiresGpu, accelerator: Accelerator) -> str | None:
     """Why the accelerator does not fit the marker, or None where it does."""
     kind = accelerator.kind
-    if not accelerator.is_real and not accelerator.is_simulated:
-        return f"requires_gpu: no GPU; the device in use is {kind}"
-    if accelerator.is_simulated:
-        if not marker.simulated:
-            return f"requires_gpu: no GPU; the device in use is {kind}, a simulated one (simulated=True accepts it)"
-    elif marker.backends is not None and kind not in marker.backends:
+    if why := not_a_gpu(marker, kind):
+        return why
+    if not accelerator.is_simulated and marker.backends is not None and kind not in marker.backends:
         return f"requires_gpu: needs {' or '.join(marker.backends)}; the device in use is {kind}"
     if marker.min_memory is not None:
         needed, total = bytes_of(marker.min_memory), accelerator.total_memory_bytes
@@ -160,6 +157,15 @@ def unsupported(marker: RequiresGpu, accelerator: Accelerator) -> str | None:
         if accelerator.capability < marker.capability:
             found = ".".join(map(str, accelerator.capability))
             return f"requires_gpu: needs capability {needed_text}; {accelerator.name} ({kind}) has {found}"
+    return None
+
+
+def not_a_gpu(marker: RequiresGpu, kind: str) -> str | None:
+    """Why no device of that kind fits the marker, told with no device made; None where one may."""
+    if kind == "cpu":
+        return f"requires_gpu: no GPU; the device in use is {kind}"
+    if kind == "sim" and not marker.simulated:
+        return f"requires_gpu: no GPU; the device in use is {kind}, a simulated one (simulated=True accepts it)"
     return None
 
 

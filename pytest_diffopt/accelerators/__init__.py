@@ -91,7 +91,11 @@ class Accelerator:
 
     def elsewhere_bytes(self) -> int | None:
         """Peak bytes since :meth:`reset_peak` on devices of this kind other than the current one; None where not counted."""
-        if self.is_host or not hasattr(self._module, "max_memory_allocated") or not hasattr(self._module, "device_count"):
+        if (
+            self.is_host
+            or not hasattr(self._module, "max_memory_allocated")
+            or not hasattr(self._module, "device_count")
+        ):
             return None
         current = self._module.current_device()
         others = (index for index in range(self._module.device_count()) if index != current)
@@ -119,13 +123,7 @@ def select(kind: str = "auto") -> Accelerator:
     """
     import torch
 
-    if kind == "auto":
-        kind = next(k for k in KINDS if _available(k))
-    if kind not in KINDS:
-        raise DiffoptError(f"device: found {kind!r}; it takes one of: auto, {', '.join(KINDS)}")
-    if not _available(kind):
-        present = ", ".join(k for k in KINDS if _available(k))
-        raise DiffoptError(f"device: found {kind!r}, which this machine does not have; here it takes: auto, {present}")
+    kind = resolve_kind(kind)
     if kind == "cpu":
         return Accelerator("cpu", "cpu")
     if kind == "mps":
@@ -136,6 +134,22 @@ def select(kind: str = "auto") -> Accelerator:
     properties = module.get_device_properties(module.current_device())
     capability = module.get_device_capability() if kind == "cuda" else None
     return Accelerator(kind, str(properties.name), int(properties.total_memory), capability)
+
+
+def resolve_kind(kind: str = "auto") -> str:
+    """The kind of device that :func:`select` would take; nothing is built or initialized for the answer.
+
+    Raises:
+        DiffoptError: the kind is unknown, or there is no such device on this machine.
+    """
+    if kind == "auto":
+        return next(k for k in KINDS if _available(k))
+    if kind not in KINDS:
+        raise DiffoptError(f"device: found {kind!r}; it takes one of: auto, {', '.join(KINDS)}")
+    if not _available(kind):
+        present = ", ".join(k for k in KINDS if _available(k))
+        raise DiffoptError(f"device: found {kind!r}, which this machine does not have; here it takes: auto, {present}")
+    return kind
 
 
 def _available(kind: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_diffopt.collection.session import accelerator_of
+from pytest_diffopt.collection.session import accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip
 from pytest_diffopt.report.rows import RECIPE_PROPERTY
 
@@ -92,8 +92,8 @@ def set_up(item: pytest.Item) -> None:
     if not names:
         return
     from pytest_diffopt.collection.watching import WatchMarkers
-    from pytest_diffopt.errors import DiffoptError, MarkerError
-    from pytest_diffopt.markers import MARKERS, RequiresGpu, closest, unsupported
+    from pytest_diffopt.errors import DiffoptError, MarkerError, UnverifiableError
+    from pytest_diffopt.markers import MARKERS, RequiresGpu, closest, not_a_gpu, unsupported
 
     try:
         for mark in item.iter_markers():
@@ -107,7 +107,10 @@ def set_up(item: pytest.Item) -> None:
         )
     if (gpu := closest(item, RequiresGpu)) is not None:
         try:
-            why = unsupported(gpu, accelerator_of(item.config))
+            # a simulated device takes half a minute to build: not only to say that it is no GPU
+            why = not_a_gpu(gpu, kind_of(item.config)) or unsupported(gpu, accelerator_of(item.config))
+        except UnverifiableError as error:
+            why = f"requires_gpu: {error}"
         except DiffoptError as error:
             raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
         if why is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.options import Settings
 from pytest_diffopt.report.progress import ProgressLine
 
@@ -18,16 +19,36 @@ SETTINGS = pytest.StashKey[Settings]()
 PROGRESS = pytest.StashKey[ProgressLine]()
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 ACCELERATOR: pytest.StashKey[Accelerator] = pytest.StashKey()
+NO_ACCELERATOR = pytest.StashKey[str]()
+"""Why there is none."""
 REGISTRY: pytest.StashKey[Registry] = pytest.StashKey()
 
 
 def accelerator_of(config: pytest.Config) -> Accelerator:
-    """The accelerator in use. Imports torch. Raises DiffoptError where this machine lacks what was asked for."""
+    """The accelerator in use. Imports torch.
+
+    Raises:
+        DiffoptError: this machine lacks what was asked for.
+        UnverifiableError: the simulated one cannot be built; tried once, and said at every use.
+    """
+    if NO_ACCELERATOR in config.stash:
+        raise UnverifiableError(config.stash[NO_ACCELERATOR])
     if ACCELERATOR not in config.stash:
         from pytest_diffopt.accelerators import select
 
-        config.stash[ACCELERATOR] = select(config.stash[SETTINGS].device)
+        try:
+            config.stash[ACCELERATOR] = select(config.stash[SETTINGS].device)
+        except UnverifiableError as error:
+            config.stash[NO_ACCELERATOR] = str(error)
+            raise
     return config.stash[ACCELERATOR]
+
+
+def kind_of(config: pytest.Config) -> str:
+    """The kind of the accelerator in use, known before it is made. Imports torch."""
+    from pytest_diffopt.accelerators import resolve_kind
+
+    return resolve_kind(config.stash[SETTINGS].device)
 
 
 def session_of(config: pytest.Config) -> Session:

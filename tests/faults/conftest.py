@@ -67,7 +67,8 @@ class TwoPart:
 
     def embed(self, prompt: str) -> torch.Tensor:
         numbers = [float(ord(letter)) / 128 for letter in prompt.ljust(WIDTH)[:WIDTH]]
-        encoded: torch.Tensor = self.components["encoder"](torch.tensor([numbers] * 4))
+        device = next(self.components["encoder"].parameters()).device
+        encoded: torch.Tensor = self.components["encoder"](torch.tensor([numbers] * 4, device=device))
         return encoded
 
     def denoise(self, x: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class OneChannelOfMany(Healthy):
     """A large channel beside small ones; the small ones are lost when compiled."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.ones(WIDTH)
+        scale = torch.ones(WIDTH, device=x.device)
         scale[0] = 10_000.0
         if torch.compiler.is_compiling():
             scale[1:] = 0.0
@@ -83,7 +83,7 @@ class BetweenTheSamples(Healthy):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = super().forward(x).repeat(1, 4).repeat(256, 1)
-        pattern = torch.ones(wide.shape[1])
+        pattern = torch.ones(wide.shape[1], device=x.device)
         if torch.compiler.is_compiling():
             pattern[1::2] = 1.5
         return wide * pattern
@@ -92,7 +92,7 @@ class BetweenTheSamples(Healthy):
 class DrawsAndErrs(Healthy):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wrong = 1.05 if torch.compiler.is_compiling() else 1.0
-        return super().forward(x) * wrong + 0.1 * torch.randn(x.shape)
+        return super().forward(x) * wrong + 0.1 * torch.randn(x.shape, device=x.device)
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,15 @@ class DrawsAndErrs(Healthy):
     ],
 )
 def test_an_error_where_few_look_is_found(judge: Judge, model: type[nn.Module], dtype: str) -> None:
-    assert judge(model, dtype=dtype, call=Call(inputs=inputs(32, 32, 32)))["parity"].status == "failed"
+    verdict = judge(model, dtype=dtype, call=Call(inputs=inputs(32, 32, 32)))["parity"]
+    assert verdict.status == "failed"
+    assert "did not run" not in verdict.sentence
 
 
 def test_an_output_that_is_random_and_ignores_its_input_is_found(judge: Judge) -> None:
     class OnlyDraws(Healthy):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.randn(x.shape) + 0 * super().forward(x)
+            return torch.randn(x.shape, device=x.device) + 0 * super().forward(x)
 
     verdict = judge(OnlyDraws)["parity"]
     assert verdict.status == "failed"
@@ -118,7 +120,9 @@ def test_an_output_that_is_random_and_ignores_its_input_is_found(judge: Judge) -
 
 class PromptLostButEmbedsReturned(TwoPart):
     def __call__(self, prompt: str, num_inference_steps: int = 3) -> dict[str, torch.Tensor]:
-        return {"embeds": self.embed(prompt), "images": self.denoise(torch.linspace(0, 1, WIDTH).repeat(4, 1))}
+        embeds = self.embed(prompt)
+        always = torch.linspace(0, 1, WIDTH, device=embeds.device).repeat(4, 1)
+        return {"embeds": embeds, "images": self.denoise(always)}
 
 
 def test_a_second_output_that_is_alive_does_not_excuse_the_images(judge: Judge) -> None:
@@ -140,7 +144,7 @@ def test_code_compiled_anew_in_every_call_counts_though_no_guard_failed(judge: J
 class SwapsALayer(Healthy):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.second, nn.Linear) or type(self.second) is not nn.Linear:
-            self.second = nn.Linear(WIDTH, WIDTH)
+            self.second = nn.Linear(WIDTH, WIDTH, device=x.device)
         return super().forward(x)
 
 

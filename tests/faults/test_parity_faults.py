@@ -105,7 +105,7 @@ class Constant(Healthy):
 
 class IgnoresInput(Healthy):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(torch.linspace(0, 1, x.numel()).reshape(x.shape))
+        return super().forward(torch.linspace(0, 1, x.numel(), device=x.device).reshape(x.shape))
 
 
 @pytest.mark.parametrize(

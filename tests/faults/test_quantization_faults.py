@@ -48,13 +48,17 @@ def test_a_plain_linear_among_quantized_ones_is_named(judge: Judge) -> None:
 
 
 def test_a_quantized_class_whose_weight_never_was_is_named(judge: Judge) -> None:
-    class NeverMoved(bnb.nn.Linear4bit):
+    class NeverQuantized(bnb.nn.Linear4bit):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.weight = nn.Parameter(self.weight.data)  # one that moving to a device does not quantize
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(x, self.weight, self.bias)
 
-    verdict = judged(judge, model(four_bit, lambda: NeverMoved(WIDTH, WIDTH)))
+    verdict = judged(judge, model(four_bit, lambda: NeverQuantized(WIDTH, WIDTH)))
     assert verdict.status == "failed"
-    assert "model.second: a NeverMoved whose weight was never quantized" in verdict.text
+    assert "model.second: a NeverQuantized whose weight was never quantized" in verdict.text
 
 
 @pytest.mark.parametrize(

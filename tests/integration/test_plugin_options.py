@@ -61,8 +61,8 @@ def test_the_ini_holds_the_default_and_the_command_line_wins(run_pytest: RunPyte
 @pytest.mark.parametrize(
     ("ini", "argument", "message"),
     [
-        ("", "--diffopt-device=tpu", "*--diffopt-device: found 'tpu'; it takes one of: auto, cuda, xpu, mps, cpu"),
-        ("diffopt_device = tpu", "-q", "*diffopt_device: found 'tpu'; it takes one of: auto, cuda, xpu, mps, cpu"),
+        ("", "--diffopt-device=tpu", "*--diffopt-device: found 'tpu'; it takes one of: auto, cuda, xpu, mps, sim, cpu"),
+        ("diffopt_device = tpu", "-q", "*diffopt_device: found 'tpu'; it takes one of: auto, cuda, xpu, mps, sim, cpu"),
         ("", "--diffopt-compile-backend=a b", "*--diffopt-compile-backend: found 'a b'; it takes a torch.compile*"),
         ("diffopt_strict = perhaps", "-q", "*diffopt_strict: *perhaps*; it takes true or false"),
     ],
