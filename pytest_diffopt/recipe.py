@@ -66,6 +66,9 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
+ORDER = ("quantization", "offloading", "compilation")
+"""In which a recipe's parts are applied to a pipeline, unless it says another."""
+
 
 # Field types.
 
@@ -575,6 +578,13 @@ def _dynamo(value: Any) -> FrozenDict:
     return FrozenDict(settings)
 
 
+def _order(value: object) -> tuple[str, ...]:
+    parts = tuple(value) if isinstance(value, list | tuple) else ()
+    if sorted(map(str, parts)) != sorted(ORDER):
+        raise refused(value, f"a list of {', '.join(map(repr, ORDER))}, each once")
+    return parts
+
+
 def _compilations(value: object) -> object:
     return () if value is None else value
 
@@ -595,6 +605,7 @@ class Recipe(Part):
         dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
         call: what is run.
         contract: limits; what it leaves open is derived from the parts.
+        order: in which the parts are applied. Quantization that is not first is done in place, on the live modules.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -615,6 +626,7 @@ class Recipe(Part):
     )
     call: Call = Call()
     contract: Contract = Contract()
+    order: Annotated[tuple[str, ...], PlainValidator(_order)] = ORDER
 
     if TYPE_CHECKING:
 
@@ -629,6 +641,7 @@ class Recipe(Part):
             dynamo: Mapping[str, DynamoValue] = ...,
             call: Call | Mapping[str, Any] = ...,
             contract: Contract | Mapping[str, Any] = ...,
+            order: Sequence[str] = ...,
         ) -> None: ...
 
     @field_validator("compilation")
@@ -687,7 +700,11 @@ class Recipe(Part):
         bare: dict[str, Any] = {"compilation": (), "offloading": None, "quantization": None, "dynamo": {}}
         dropped = [part for part in PARTS_TO_DROP if part in parts]
         name = f"{self.name} without {', '.join(dropped)}"
-        return self.replace(name=name, **{part: bare[part] for part in dropped})
+        fields = {part: bare[part] for part in dropped}
+        left = [part for part in ORDER if fields.get(part, getattr(self, part))]
+        if [part for part in self.order if part in left] == left:
+            fields["order"] = ORDER  # what is left has no other order: two recipes' references are one
+        return self.replace(name=name, **fields)
 
     def replace(self, **fields: Any) -> Self:
         """Another recipe with these fields, validated as by the constructor."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pytest_diffopt.recipe import Call, Compilation, Contract, Offloading, Quantization, Recipe
+from pytest_diffopt.recipe import ORDER, Call, Compilation, Contract, Offloading, Quantization, Recipe
 
 __all__ = ["calls", "compilations", "contracts", "offloadings", "quantizations", "recipes"]
 
@@ -169,6 +169,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 "dynamo": st.builds(lambda a, b: a | b, settings, limits),
                 "call": calls(),
                 "contract": contracts(),
+                "order": st.permutations(ORDER),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -39,6 +39,8 @@ def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
     """The inner tensors of a bitsandbytes quantization state, nested ones too."""
     import torch
 
+    if state is None:
+        return
     for name in ("absmax", "code", "offset"):
         value = getattr(state, name, None)
         if isinstance(value, torch.Tensor):
@@ -46,6 +48,28 @@ def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
     nested = getattr(state, "state2", None)
     if nested is not None:
         yield from _state_tensors(nested)
+
+
+def weight_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that a module's weights are made of, by name: parameters, buffers, the inner tensors of quantization.
+
+    bitsandbytes keeps more than the parameter: absmax and code tables in ``quant_state``, and for 8-bit ``SCB`` and a second
+    reference to the weight itself, ``CB``, in the layer's ``state``.
+    """
+    import torch
+
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        yield name, tensor
+        for inner in _state_tensors(getattr(tensor, "quant_state", None)):
+            yield f"{name}.quant_state", inner
+        for attribute in ("CB", "SCB"):
+            if isinstance(beside := getattr(tensor, attribute, None), torch.Tensor):
+                yield f"{name}.{attribute}", beside
+    for path, layer in module.named_modules():
+        if is_quantized_class(layer) and (state := getattr(layer, "state", None)) is not None:
+            for attribute, beside in vars(state).items():
+                if isinstance(beside, torch.Tensor):
+                    yield f"{path}.state.{attribute}", beside
 
 
 def is_quantized_embedding(module: Any) -> bool:

@@ -7,16 +7,24 @@ as growth.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pytest_diffopt.observation.layers import tensor_bytes
+from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_diffopt.accelerators import Accelerator
+
+
+SHOWN = 3
+"""Names of tensors that are written down for a component that stays."""
+
+NOTICED = 0.001
+"""Of the loaded bytes: a warm call that adds more is made again, to tell a leak from something that is kept once."""
 
 
 class MemoryWatch:
@@ -26,6 +34,8 @@ class MemoryWatch:
         self.accelerator = accelerator
         self._before: int | None = None
         self._load_peak = self._loaded = 0
+        self._loaded_residency: dict[str, int] = {}
+        self._transferred: dict[str, int] | None = None
         self._calls: list[CallMemory] = []
 
     @property
@@ -38,37 +48,57 @@ class MemoryWatch:
         self._before = self._settled()
         self.accelerator.reset_peak()
 
-    def loaded(self) -> None:
+    def loaded(self, components: Mapping[str, torch.nn.Module]) -> None:
         """The pipeline is prepared."""
         if self.counts:
             self._load_peak = self.accelerator.peak_bytes() or 0
             self._loaded = self._settled() or 0
+            self._loaded_residency = {name: self._resident(module)[0] for name, module in components.items()}
 
     def call_begins(self) -> None:
         """A call is about to be made."""
         if self.counts:
             self.accelerator.reset_peak()
+            self._transferred = self.accelerator.transferred_bytes()
 
-    def call_ends(self, call: int, components: Mapping[str, torch.nn.Module], held_bytes: int) -> None:
+    def call_ends(
+        self, call: int, components: Mapping[str, torch.nn.Module], held_bytes: int, *, repeated: bool = False
+    ) -> None:
         """A call was made; ``held_bytes`` of results on the accelerator are held by the observation."""
         if not self.counts:
             return
         peak = self.accelerator.peak_bytes() or 0
+        moved = self.accelerator.transferred_bytes()
+        begun = self._transferred
+        resident = {name: self._resident(module) for name, module in components.items()}
         self._calls.append(
             CallMemory(
                 call=call,
                 peak_bytes=peak,
                 live_bytes=(self._settled() or 0) - held_bytes,
-                residency={name: self._resident(module) for name, module in components.items()},
+                residency={name: size for name, (size, _) in resident.items()},
+                staying={name: names for name, (_, names) in resident.items() if names},
+                elsewhere_bytes=self.accelerator.elsewhere_bytes() or 0,
+                h2d_bytes=moved["h2d"] - begun["h2d"] if moved and begun else None,
+                d2h_bytes=moved["d2h"] - begun["d2h"] if moved and begun else None,
+                repeated=repeated,
             )
         )
+
+    def is_growing(self) -> bool:
+        """Whether a warm call left noticeably more than the one before it."""
+        live = [call.live_bytes for call in self._calls[1:]]
+        noticed = NOTICED * max(
+            [self._loaded - (self._before or 0), *(call.peak_bytes for call in self._calls)], default=0
+        )
+        return any(later - earlier > noticed for earlier, later in itertools.pairwise(live))
 
     @property
     def record(self) -> MemoryRecord | None:
         """What was written down; None on a device without counters."""
         if self._before is None:
             return None
-        return MemoryRecord(self._before, self._load_peak, self._loaded, tuple(self._calls))
+        return MemoryRecord(self._before, self._load_peak, self._loaded, tuple(self._calls), self._loaded_residency)
 
     def _settled(self) -> int | None:
         """Live bytes once everything queued has run and garbage is gone; None where the device does not count."""
@@ -78,11 +108,12 @@ class MemoryWatch:
         gc.collect()
         return self.accelerator.live_bytes()
 
-    def _resident(self, module: torch.nn.Module) -> int:
-        kind = self.accelerator.kind
-        found = {
-            tensor.data_ptr(): tensor_bytes(tensor)
-            for tensor in [*module.parameters(), *module.buffers()]
-            if tensor.device.type == kind
-        }
-        return sum(found.values())
+    def _resident(self, module: torch.nn.Module) -> tuple[int, tuple[str, ...]]:
+        """(bytes of the module's weights on the accelerator, each block of memory once; the first few of their names)."""
+        sizes: dict[int, int] = {}
+        names: list[str] = []
+        for name, tensor in weight_tensors(module):
+            if tensor.device.type == self.accelerator.kind and tensor.untyped_storage().data_ptr():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                names.append(name)
+        return sum(sizes.values()), tuple(names[:SHOWN])

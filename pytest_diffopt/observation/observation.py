@@ -256,23 +256,40 @@ class CallMemory:
 
     Attributes:
         peak_bytes: the highest during the call. live_bytes: after it, without the results that the observation holds.
-        residency: component → bytes of its parameters and buffers that are on the accelerator after the call.
+        residency: component → bytes of its weights that are on the accelerator after the call: parameters, buffers and
+            the inner tensors of quantization.
+        staying: component → the first few names of these.
+        elsewhere_bytes: the highest during the call on other devices of the same kind.
+        h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
+        repeated: an extra call, the last one's again, made because memory had grown.
     """
 
     call: int
     peak_bytes: int
     live_bytes: int
     residency: dict[str, int] = field(default_factory=dict)
+    staying: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    elsewhere_bytes: int = 0
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Memory of the accelerator, in bytes: while the pipeline was prepared, and call by call."""
+    """Memory of the accelerator, in bytes: while the pipeline was prepared, and call by call.
+
+    Attributes:
+        before_bytes: what others held before the pipeline was prepared; every figure but ``loaded_residency`` includes it.
+        load_peak_bytes: the highest while it was prepared. loaded_bytes: when it was.
+        loaded_residency: component → bytes of its weights on the accelerator when it was prepared.
+    """
 
     before_bytes: int
     load_peak_bytes: int
     loaded_bytes: int
     calls: tuple[CallMemory, ...] = ()
+    loaded_residency: dict[str, int] = field(default_factory=dict)
 
     @property
     def call_peak_bytes(self) -> int:
@@ -315,6 +332,7 @@ class ComponentRecord:
         siblings_not_compiled: classes of blocks beside compiled ones that are not compiled.
         disabled: compiled paths whose forward Dynamo is told to leave alone.
         kept_plain, kept_float32: modules that the libraries leave unquantized, or in float32, by their own lists.
+        kept_resident: the pipeline's class keeps it on the accelerator when it is offloaded.
     """
 
     name: str
@@ -326,6 +344,7 @@ class ComponentRecord:
     disabled: tuple[str, ...] = ()
     kept_plain: tuple[str, ...] = ()
     kept_float32: tuple[str, ...] = ()
+    kept_resident: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "pytest-diffopt")
 QUIET_LOGGERS = ("diffusers", "transformers", "accelerate", "bitsandbytes", "torch._dynamo", "torch._inductor")
+REPEATS_WHERE_MEMORY_GREW = 3
 SENSITIVITY_PROMPT = "a blue teapot under a stormy sky"
 
 
@@ -210,7 +211,7 @@ class _Run:
             prepared.release()
 
     def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
-        self.memory.loaded()
+        self.memory.loaded(prepared.components)
         self._describe(prepared)
         self._compare_state(before, state.take_snapshot(), with_random=False)
         counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -236,6 +237,7 @@ class _Run:
                 self._sensitivity_call(prepared)
             except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
                 self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
+        self._call_again_where_memory_grew(prepared)
         self._compare_layers(prepared)
         for name in state.random_changed(random_before, self.random_after):
             self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))
@@ -295,6 +297,20 @@ class _Run:
                 seed=asked.seed + SENSITIVITY_SEED,
             )
 
+    def _call_again_where_memory_grew(self, prepared: Prepared) -> None:
+        """The last call a few times more, for the memory alone: a leak goes on, what is kept once does not."""
+        if not self.memory.is_growing():
+            return
+        last = self.recipe.call.count - 1
+        with self._stance():
+            for repeat in range(REPEATS_WHERE_MEMORY_GREW):
+                self.watch.call = self.recipe.call.count + 1 + repeat
+                self.memory.call_begins()
+                prepared.run(prepared.arguments(last))
+                self.accelerator.synchronize()
+                held = self.recorder.held_bytes(self.accelerator.kind)
+                self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
+
     def _describe(self, prepared: Prepared) -> None:
         for name, module in prepared.components.items():
             root = compilation.original_module(module)
@@ -312,6 +328,7 @@ class _Run:
                     disabled=compilation.disabled_paths(module),
                     kept_plain=prepared.kept_plain.get(name, ()),
                     kept_float32=prepared.kept_float32.get(name, ()),
+                    kept_resident=name in prepared.offloaded.kept_resident,
                 )
             )
 

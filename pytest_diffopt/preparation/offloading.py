@@ -1,8 +1,9 @@
-"""Puts the offloading hooks of a recipe on a live pipeline, through diffusers' own calls."""
+"""Puts the offloading hooks of a recipe on a live pipeline, through the libraries' own calls, and takes them off again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
@@ -13,29 +14,55 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Offloading
 
 
-def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> None:
-    """Offload the whole pipeline or the named components.
+@dataclass
+class Offloaded:
+    """What was put on a pipeline.
+
+    Attributes:
+        kept_resident: components that the pipeline's class keeps on the accelerator.
+    """
+
+    kept_resident: tuple[str, ...] = ()
+    _last_hooks: list[Any] = field(default_factory=list)
+
+    def after_call(self) -> None:
+        """Let the last component of a call leave; a diffusers pipeline whose own method put the hooks does it itself."""
+        for hook in self._last_hooks:
+            hook.offload()
+
+
+def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> Offloaded:
+    """Offload the whole pipeline, or the named components: the others are then placed on the device.
+
+    Args:
+        device: where the components go to run.
 
     Raises:
-        PreparationError: a component is not there, or the pipeline has no way to be offloaded like this.
+        PreparationError: a component is not there.
     """
     for name in offloading.components or ():
         if name not in components:
             raise PreparationError(
                 f"offloading.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
             )
+    meant = {name: components[name] for name in offloading.components or components}
+    for name, module in components.items():
+        if name not in meant:
+            module.to(device)
     if offloading.strategy == "group":
-        _offload_groups(components, offloading, device)
-        return
+        return _offload_groups(meant, offloading, device)
     method = f"enable_{offloading.strategy}_cpu_offload"
-    if offloading.components is not None or not hasattr(pipeline, method):
-        _hook_modules(components, offloading, device)
-        return
-    getattr(pipeline, method)(device=str(device))
+    if offloading.components is None and hasattr(pipeline, method):
+        getattr(pipeline, method)(device=str(device))
+        excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
+        return Offloaded(kept_resident=tuple(name for name in components if name in excluded))
+    if offloading.strategy == "sequential":
+        return _offload_leaves(meant, device)
+    return _offload_in_turn(meant, getattr(pipeline, "model_cpu_offload_seq", None) or "", device)
 
 
 def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:
-    """Remove every offloading hook from a pipeline and its components."""
+    """Remove every offloading hook from a pipeline and its components, and leave them on the host."""
     from accelerate.hooks import remove_hook_from_module
 
     if hasattr(pipeline, "remove_all_hooks"):
@@ -46,23 +73,39 @@ def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:
             registry: Any = getattr(inner, "_diffusers_hook", None)
             for name in list(getattr(registry, "hooks", {})):
                 registry.remove_hook(name, recurse=False)
+        if any(parameter.device.type not in ("cpu", "meta") for parameter in module.parameters()):
+            module.to("cpu")
 
 
-def _hook_modules(components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> None:
-    from accelerate import cpu_offload, cpu_offload_with_hook
+def _offload_in_turn(meant: Mapping[str, torch.nn.Module], sequence: str, device: Any) -> Offloaded:
+    """Whole components; one that begins sends away the one before it, as diffusers' own method does."""
+    from accelerate import cpu_offload_with_hook
 
-    for name in offloading.components if offloading.components is not None else components:
-        if offloading.strategy == "model":
-            cpu_offload_with_hook(components[name], execution_device=device)
-        else:
-            cpu_offload(components[name], execution_device=device)
+    first = [name for name in sequence.split("->") if name in meant]
+    hooks: list[Any] = []
+    previous: Any = None
+    for name in (*first, *(name for name in meant if name not in first)):
+        meant[name].to("cpu")
+        _, previous = cpu_offload_with_hook(meant[name], execution_device=device, prev_module_hook=previous)
+        hooks.append(previous)
+    return Offloaded(_last_hooks=hooks)
 
 
-def _offload_groups(components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> None:
+def _offload_leaves(meant: Mapping[str, torch.nn.Module], device: Any) -> Offloaded:
+    from accelerate import cpu_offload
+
+    for module in meant.values():
+        module.to("cpu")
+        # weights that stand beside submodules have no leaf of their own: their module's buffers leave with them
+        cpu_offload(module, execution_device=device, offload_buffers=len(module._parameters) > 0)
+    return Offloaded()
+
+
+def _offload_groups(meant: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> Offloaded:
     import torch
     from diffusers.hooks import apply_group_offloading
 
-    kind = offloading.offload_type or "leaf_level"
+    kind = offloading.resolved_offload_type
     kwargs: dict[str, Any] = {
         "onload_device": torch.device(device),
         "offload_device": torch.device("cpu"),
@@ -74,5 +117,9 @@ def _offload_groups(components: Mapping[str, torch.nn.Module], offloading: Offlo
         "low_cpu_mem_usage": offloading.low_cpu_mem_usage,
         "offload_to_disk_path": offloading.offload_to_disk_path,
     }
-    for name in offloading.components if offloading.components is not None else components:
-        apply_group_offloading(components[name], **kwargs)
+    for module in meant.values():
+        if hasattr(module, "enable_group_offload"):
+            module.enable_group_offload(**kwargs)  # type: ignore[operator]
+        else:
+            apply_group_offloading(module, **kwargs)
+    return Offloaded()

@@ -45,6 +45,7 @@ class Prepared:
     compiled_before: set[int] = field(default_factory=set)
     kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    offloaded: offloading.Offloaded = field(default_factory=offloading.Offloaded)
 
     def module_names(self) -> dict[int, tuple[str, str]]:
         """id of a module → (component, path in it), for every module of every component."""
@@ -93,7 +94,9 @@ class Prepared:
         import torch
 
         with torch.no_grad():
-            return self.pipeline(**arguments)
+            result = self.pipeline(**arguments)
+            self.offloaded.after_call()
+            return result
 
     def release(self) -> None:
         """Take off what was put on: compiled calls and offloading hooks. A factory may return the same object again."""
@@ -167,16 +170,47 @@ def prepare(
     """
     with quiet_libraries():
         prepared = _built(recipe, accelerator, allow_hub=allow_hub)
-    quantization.use_default_kernels(prepared.components, accelerator)
     for name, module in prepared.components.items():
         prepared.kept_plain[name] = quantization.kept_plain(module)
         prepared.kept_float32[name] = quantization.kept_float32(module)
         module.eval()
     prepared.compiled_before = compilation.compiled_ids(prepared.components)
-    if recipe.offloading is not None:
-        offloading.offload(prepared.pipeline, prepared.components, recipe.offloading, accelerator.device)
-    compilation.compile_components(prepared.components, recipe.compilation, backend=backend, fullgraph=fullgraph)
+    if recipe.order[0] != "quantization":
+        _place(prepared)
+    for part in recipe.order:
+        if part == "quantization":
+            _quantize(prepared)
+            if part == recipe.order[0]:
+                _place(prepared)  # only what is quantized by then: the dense weights need not fit
+        elif part == "offloading" and recipe.offloading is not None:
+            device = accelerator.device
+            prepared.offloaded = offloading.offload(prepared.pipeline, prepared.components, recipe.offloading, device)
+        elif part == "compilation":
+            compilation.compile_components(
+                prepared.components, recipe.compilation, backend=backend, fullgraph=fullgraph
+            )
     return prepared
+
+
+def _place(prepared: Prepared) -> None:
+    """On the accelerator, unless offloading places it."""
+    if prepared.recipe.offloading is not None or prepared.accelerator.is_host:
+        return
+    device = prepared.accelerator.device
+    if isinstance(prepared.recipe.pipeline, str) and hasattr(prepared.pipeline, "to"):
+        prepared.pipeline.to(device)
+    for module in prepared.components.values():
+        module.to(device)
+
+
+def _quantize(prepared: Prepared) -> None:
+    """In place, where the pipeline was not quantized when it was built or loaded."""
+    recipe = prepared.recipe
+    # A factory that quantized anything itself is judged as it stands; nothing is mended behind its back.
+    if recipe.quantization is not None and not quantization.has_quantized_layers(prepared.components.values()):
+        device = prepared.accelerator.device
+        quantization.quantize_in_place(prepared.components, recipe.quantization, device)
+    quantization.use_default_kernels(prepared.components, prepared.accelerator)
 
 
 @contextlib.contextmanager
@@ -265,16 +299,9 @@ def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
             f"pipeline: the factory returned {type(pipeline).__name__}, which holds no torch.nn.Module"
         )
     is_model = isinstance(pipeline, torch.nn.Module)
-    # A factory that quantized anything itself is judged as it stands; nothing is mended behind its back.
-    own = quantization.has_quantized_layers(components.values())
-    if dtype is not None and not own:
+    if dtype is not None and not quantization.has_quantized_layers(components.values()):
         for module in components.values():
             module.to(dtype)
-    if recipe.quantization is not None and not own:
-        quantization.quantize_in_place(components, recipe.quantization, accelerator.device)
-    if recipe.offloading is None and not accelerator.is_host:
-        for module in components.values():
-            module.to(accelerator.device)
     _quiet(pipeline)
     return Prepared(recipe, accelerator, pipeline, components, is_model)
 
@@ -316,7 +343,7 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
     kwargs: dict[str, Any] = {}
     if recipe.dtype:
         kwargs["torch_dtype"] = getattr(torch, recipe.dtype)
-    if recipe.quantization is not None:
+    if recipe.quantization is not None and recipe.order[0] == "quantization":
         kwargs["quantization_config"] = quantization.pipeline_config(recipe.quantization)
     with quantization.quantizers_accept(accelerator):
         pipeline: Any = DiffusionPipeline.from_pretrained(resolved.path_or_id, **kwargs)
@@ -327,8 +354,6 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
                 raise PreparationError(
                     f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
                 )
-    if recipe.offloading is None and not accelerator.is_host:
-        pipeline.to(accelerator.device)
     _quiet(pipeline)
     family = resolved.family
     return Prepared(

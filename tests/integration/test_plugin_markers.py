@@ -224,7 +224,9 @@ def test_a_device_that_is_not_there_is_told(run_pytest: RunPytest, pytester: pyt
     pytester.makepyfile("def test_device(accelerator): ...")
     result = run_pytest("--diffopt-device=cuda")
     assert result.parseoutcomes() == {"errors": 1}
-    result.stdout.fnmatch_lines(["device: found 'cuda', which this machine does not have; here it takes: auto, cpu"])
+    result.stdout.fnmatch_lines(
+        ["device: found 'cuda', which this machine does not have; here it takes: auto, sim, cpu"]
+    )
 
 
 def test_quantized_pipeline_is_what_the_marker_says(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
