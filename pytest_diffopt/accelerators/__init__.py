@@ -101,6 +101,12 @@ class Accelerator:
         others = (index for index in range(self._module.device_count()) if index != current)
         return sum(int(self._module.max_memory_allocated(index)) for index in others)
 
+    def allocated_bytes(self, requested_bytes: int) -> int:
+        """What the device's counters say for a block of so many bytes: torch's caching allocators count steps of 512."""
+        if self.is_host or (self.is_simulated and not self._module.is_caching_allocator()):
+            return requested_bytes
+        return -(-requested_bytes // 512) * 512
+
     def transferred_bytes(self) -> dict[str, int] | None:
         """Bytes copied so far, ``h2d`` from the host and ``d2h`` to it; None where the device does not count them."""
         if self.is_host or not hasattr(self._module, "transfer_stats"):

@@ -29,7 +29,7 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
         names += ["engagement", "graph_breaks", "recompiles"]
     if recipe.quantization is not None:
         names.append("quantization")
-    if recipe.offloading is not None:
+    if recipe.offloading is not None or recipe.quantization is not None or recipe.contract.max_memory is not None:
         names.append("memory")
     return (*names, "parity", "state")
 

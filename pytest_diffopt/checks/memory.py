@@ -1,31 +1,37 @@
-"""memory: offloading lowers the peak, offloaded components leave, and nothing grows from call to call.
+"""memory: offloading lowers the peak, offloaded components leave, weights take what their format says, and nothing grows.
 
 What must be saved is derived from the sizes of the recipe's own components, never from megabytes that somebody measured on
-another card. Not fooled by: a state object that keeps a weight alive on the device though its parameter has left; the peak of
-loading mistaken for the call's; a host that has no memory of its own to measure: there the verdict is unverified.
+another card. Not fooled by: a state object that keeps a weight alive on the device though its parameter has left; a dense
+copy beside a quantized weight; the peak of loading mistaken for the call's; a pipeline that never ran on the accelerator, and
+so has a low peak; memory on another device of the same kind; something kept once mistaken for a leak, or a leak for that; what
+components share counted twice; a reference that is offloaded itself; a host that has no memory of its own: there the verdict
+is unverified.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
-    from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
+    from pytest_diffopt.observation.observation import CallMemory, ComponentRecord, Layer, MemoryRecord, Observation
 
 NAME = "memory"
 
 PROMISED_SHARE = 0.5
 """Of what a strategy could save at best: activations, streams and block groups take the rest."""
 
-LEFT_BEHIND = 0.02
-"""Of the offloaded bytes may stay: small tensors beside the weights, such as a format's code table."""
+STRAY_SHARE, STRAY_BYTES = 0.001, 4096
+"""Of offloaded weights may stay, and bytes that always may: code tables, a scheduler's numbers, buffers."""
 
-GROWTH = 0.005
-"""Of the loaded bytes a call may add: more is a leak, as ten calls would show."""
+CACHED_SHARE = 0.02
+"""Of resident weights a pipeline may keep beside them: masks, positions, embeddings of a prompt."""
+
+SMALLEST_BLOCK = 32
+"""Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
 
 
 def judge(given: Evidence) -> Verdict:
@@ -36,24 +42,54 @@ def judge(given: Evidence) -> Verdict:
     if memory is None or not memory.calls:
         device = given.observation.accelerator
         return given.unverified(NAME, f"the device in use, {device}, has no memory of its own that could be measured")
+    figures: dict[str, Any] = {
+        "call_peak_bytes": call_peak(memory),
+        "load_peak_bytes": memory.load_peak_bytes - memory.before_bytes,
+        "left_bytes": left_behind(memory),
+        "growth_bytes_per_call": growth(memory)[0],
+        "h2d_bytes": last_call(memory).h2d_bytes,
+        "d2h_bytes": last_call(memory).d2h_bytes,
+    }
+    if given.recipe.offloading is None:
+        return _judge_resident(given, memory, figures)
+    return _judge_offloaded(given, memory, figures)
+
+
+def _judge_resident(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> Verdict:
+    """A recipe whose components stay on the accelerator."""
+    held = last_call(memory).weights_bytes
+    figures["weights_bytes"] = held
+    problems, evidence = _common_problems(given, memory, figures)
+    if problems:
+        return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
+    weights = "weights, as large as their formats say," if given.recipe.quantization is not None else "weights"
+    return given.passed(
+        NAME,
+        f"a call peaks at {human(figures['call_peak_bytes'])}, of which {human(held)} are {weights} and nothing grows",
+        **figures,
+    )
+
+
+def _judge_offloaded(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> Verdict:
     resident = given.resident
     if resident is None or resident.failure is not None or resident.memory is None or not resident.memory.calls:
         why = resident.failure if resident is not None and resident.failure is not None else "it was not observed"
         return given.unverified(NAME, f"there is no run without offloading to compare with: {why}")
-    peak, before = call_peak(memory), call_peak(resident.memory)
-    promised = promised_saving(given)
-    figures: dict[str, Any] = {
-        "call_peak_bytes": peak,
-        "load_peak_bytes": memory.load_peak_bytes - memory.before_bytes,
-        "reference_call_peak_bytes": before,
-        "ratio": round(peak / before, 4) if before else None,
-        "promised_saving_bytes": promised,
-        "left_bytes": left_behind(given, memory),
-        "growth_bytes_per_call": growth(memory),
+    figures |= {
+        "reference_call_peak_bytes": call_peak(resident.memory),
+        "promised_saving_bytes": promised_saving(given),
     }
-    problems, evidence = _problems(given, memory, figures)
+    peak, before = figures["call_peak_bytes"], figures["reference_call_peak_bytes"]
+    figures["ratio"] = round(peak / before, 4) if before else None
+    missing = _not_resident(resident, resident.memory)
+    problems, evidence = _common_problems(given, memory, figures)
+    more, further = _offloading_problems(given, memory, figures, comparable=not missing)
+    problems, evidence = more + problems, further + evidence
     if problems:
         return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
+    if missing:
+        why = f"the run without offloading is no reference: {missing}; does the pipeline offload by itself?"
+        return given.unverified(NAME, why, **figures)
     return given.passed(
         NAME,
         f"the peak of a call falls from {human(before)} to {human(peak)} "
@@ -62,14 +98,16 @@ def judge(given: Evidence) -> Verdict:
     )
 
 
-def _problems(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(what is wrong, where and what to try)."""
+def _offloading_problems(
+    given: Evidence, memory: MemoryRecord, figures: dict[str, Any], *, comparable: bool
+) -> tuple[list[str], list[str]]:
+    """(what offloading promised and did not do, where and what to try)."""
     limits = given.limits
     peak, before = figures["call_peak_bytes"], figures["reference_call_peak_bytes"]
     promised = figures["promised_saving_bytes"]
     problems: list[str] = []
     evidence: list[str] = []
-    if before - peak < promised * PROMISED_SHARE or (promised and peak >= before):
+    if comparable and (before - peak < promised * PROMISED_SHARE or (promised and peak >= before)):
         problems.append(
             f"the peak of a call is {human(peak)}, {human(before)} without offloading: "
             f"{human(max(0, before - peak))} saved, at least {human(int(promised * PROMISED_SHARE))} promised"
@@ -79,26 +117,87 @@ def _problems(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) ->
         problems.append(
             f"the peak is {peak / before:.3f} of that without offloading, {limits.max_memory_ratio:g} allowed"
         )
+    least, what = _least_peak(given)
+    if peak < least:
+        problems.append(
+            f"the peak of a call is {human(peak)}, less than {what} with {human(least)}: "
+            f"it did not run on the accelerator"
+        )
+        evidence.append("something keeps the computation on the host: look at the devices of weights and inputs")
+    last = last_call(memory)
+    for record in offloaded_components(given):
+        stays = last.residency.get(record.name, 0)
+        if stays > stray(record.bytes):
+            problems.append(f"{record.name} has not left the accelerator after the call")
+            names = ", ".join(last.staying.get(record.name, ()))
+            evidence.append(
+                f"{record.name}: {human(stays)} of its {human(record.bytes)} stay{f': {names}, …' if names else ''}"
+            )
+    return problems, evidence
+
+
+def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(what no recipe may do, where and what to try)."""
+    limits = given.limits
+    peak = figures["call_peak_bytes"]
+    problems: list[str] = []
+    evidence: list[str] = []
     if limits.max_memory_bytes is not None and peak > limits.max_memory_bytes:
         problems.append(f"the peak of a call is {human(peak)}, {human(limits.max_memory_bytes)} allowed")
-    last = memory.calls[-1]
-    sizes = {record.name: record.bytes for record in given.observation.components}
-    for name in offloaded_components(given):
-        stays = last.residency.get(name, 0)
-        if stays > LEFT_BEHIND * sizes.get(name, 0):
-            problems.append(f"{name} has not left the accelerator after the call")
-            evidence.append(f"{name}: {human(stays)} of its {human(sizes.get(name, 0))} stay")
-    total = sum(sizes.get(name, 0) for name in offloaded_components(given))
     left = figures["left_bytes"]
-    if left > LEFT_BEHIND * total and not any("has not left" in problem for problem in problems):
-        problems.append(f"{human(left)} stay on the accelerator after the call, though every parameter has left")
-        evidence.append("an object beside the parameters keeps tensors alive: a quantization state, a cache, a hook")
-    per_call = figures["growth_bytes_per_call"]
-    if per_call > GROWTH * max(1, memory.loaded_bytes - memory.before_bytes, total):
-        warm = counted(len(memory.calls) - 1, "warm call")
-        problems.append(f"memory grows by {human(int(per_call))} a call, over {warm}")
-        evidence.append(f"after each call: {', '.join(human(call.live_bytes) for call in memory.calls)}")
+    if left > _may_stay(given):
+        if given.recipe.offloading is None:
+            problems.append(f"{human(left)} stay on the accelerator after the call beside the weights")
+            evidence.append("something keeps tensors alive: a dense copy beside a quantized weight, a cache, an output")
+        else:
+            problems.append(f"{human(left)} stay on the accelerator after the call, though every parameter has left")
+            evidence.append(
+                "an object beside the parameters keeps tensors alive: a quantization state, a cache, a hook"
+            )
+    per_call, error = growth(memory)
+    if per_call - 2 * error > 0:
+        calls = counted(sum(call.repeated for call in memory.calls), "repeated call")
+        uncertain = f" ± {human(math.ceil(error))}" if error else ""
+        problems.append(f"memory grows by {human(math.ceil(per_call))}{uncertain} a call, over {calls}")
+        live = [call.live_bytes - memory.before_bytes for call in memory.calls]
+        evidence.append(f"after each call: {', '.join(map(human, live))}")
+    if elsewhere := max(call.elsewhere_bytes for call in memory.calls):
+        problems.append(f"{human(elsewhere)} on another device of the same kind, which the recipe does not use")
+    evidence += (oversized := _larger_than_their_format(given.observation.layers))[:3]
+    if oversized:
+        problems.append(f"{counted(len(oversized), 'quantized layer')} larger than the format says")
     return problems, evidence
+
+
+def _larger_than_their_format(layers: tuple[Layer, ...]) -> list[str]:
+    """Quantized layers whose stored bytes are more than their format needs, with both numbers."""
+    return [
+        f"{layer.component}.{layer.path}: {human(stored)} in {layer.format}, {human(most)} at most"
+        for layer in layers
+        if layer.format in ("nf4", "fp4", "int8")
+        and (stored := layer.weight_bytes + layer.state_bytes) > (most := format_bytes(layer))
+    ]
+
+
+def format_bytes(layer: Layer) -> int:
+    """What a layer of its format takes at most, in bytes.
+
+    4-bit: two weights to a byte, one float32 scale (``absmax``) a block, and a code table; double quantized, one byte a scale,
+    with scales and a code table of its own. 8-bit: a byte a weight, and one float32 scale (``SCB``) a row.
+    """
+    count = layer.parameters
+    if layer.format == "int8":
+        return count + 4 * layer.out_features
+    blocks = math.ceil(count / SMALLEST_BLOCK)
+    codes = 16 * 4
+    if layer.double_quantized:
+        return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / SMALLEST_BLOCK) + codes + 256 * 4 + 4
+    return math.ceil(count / 2) + 4 * blocks + codes
+
+
+def last_call(memory: MemoryRecord) -> CallMemory:
+    """The last call that is the recipe's own."""
+    return next((call for call in reversed(memory.calls) if not call.repeated), memory.calls[-1])
 
 
 def call_peak(memory: MemoryRecord) -> int:
@@ -107,14 +206,31 @@ def call_peak(memory: MemoryRecord) -> int:
     return max(call.peak_bytes for call in calls) - memory.before_bytes
 
 
-def offloaded_components(given: Evidence) -> tuple[str, ...]:
-    """The components that the recipe offloads; all of them unless it names some."""
+def stray(weights_bytes: int) -> int:
+    """Bytes that may lie on the accelerator beside weights of that size."""
+    return max(int(STRAY_SHARE * weights_bytes), STRAY_BYTES)
+
+
+def _may_stay(given: Evidence) -> int:
+    """Bytes that may lie on the accelerator beside the weights after a call."""
+    total = sum(record.own_bytes for record in given.observation.components)
+    if given.recipe.offloading is not None:
+        return stray(total)
+    # a dense copy is as large as its layer at least; smaller things a pipeline may well keep
+    dense = max((2 * layer.parameters for layer in given.observation.layers if layer.format), default=0)
+    return max(int(CACHED_SHARE * total), int(0.9 * dense), STRAY_BYTES)
+
+
+def offloaded_components(given: Evidence) -> tuple[ComponentRecord, ...]:
+    """The components that the recipe offloads: all of them unless it names some, but those that the pipeline's class keeps."""
     offloading = given.recipe.offloading
     if offloading is None:
         return ()
-    if offloading.components is not None:
-        return offloading.components
-    return tuple(record.name for record in given.observation.components)
+    return tuple(
+        record
+        for record in given.observation.components
+        if not record.kept_resident and (offloading.components is None or record.name in offloading.components)
+    )
 
 
 def promised_saving(given: Evidence) -> int:
@@ -124,8 +240,7 @@ def promised_saving(given: Evidence) -> int:
     largest one too, though not its largest part; half of it is counted.
     """
     offloading = given.recipe.offloading
-    names = offloaded_components(given)
-    sizes = [record.bytes for record in given.observation.components if record.name in names]
+    sizes = [record.own_bytes for record in offloaded_components(given)]
     if offloading is None or not sizes:
         return 0
     largest = max(sizes)
@@ -134,17 +249,51 @@ def promised_saving(given: Evidence) -> int:
     return sum(sizes) - largest // 2
 
 
-def left_behind(given: Evidence, memory: MemoryRecord) -> int:
-    """Bytes on the accelerator after the last call beyond the parameters and buffers that stand there."""
-    last: CallMemory = memory.calls[-1]
-    return max(0, last.live_bytes - memory.before_bytes - sum(last.residency.values()))
+def _least_peak(given: Evidence) -> tuple[int, str]:
+    """(bytes that must be on the accelerator at once, what they are), of the components that returned something."""
+    offloading = given.recipe.offloading
+    ran = {output.component for output in given.observation.outputs}
+    sizes = {record.name: record.bytes for record in offloaded_components(given) if record.name in ran}
+    if offloading is None or not sizes:
+        return 0, ""
+    if offloading.strategy == "model":
+        name = max(sizes, key=lambda one: sizes[one])
+        return sizes[name], name
+    layers = [layer for layer in given.observation.layers if layer.component in sizes]
+    largest = max(layers, key=lambda layer: layer.weight_bytes, default=None)
+    return (largest.weight_bytes, f"{largest.component}.{largest.path}") if largest is not None else (0, "")
 
 
-def growth(memory: MemoryRecord) -> float:
-    """Bytes that each warm call adds, by the smallest step between two of them; 0 where any step adds nothing."""
-    live = [call.live_bytes for call in memory.calls[1:]]
-    steps = [later - earlier for earlier, later in itertools.pairwise(live)]
-    return max(0.0, float(min(steps))) if steps else 0.0
+def _not_resident(resident: Observation, memory: MemoryRecord) -> str:
+    """What of a pipeline that should be on the accelerator as a whole is not; empty where all is."""
+    missing = [
+        f"{human(record.bytes - there)} of {record.name}'s {human(record.bytes)} are not on the accelerator"
+        for record in resident.components
+        if (there := memory.loaded_residency.get(record.name, 0)) < record.bytes - stray(record.bytes)
+    ]
+    return ", ".join(missing[:2])
+
+
+def left_behind(memory: MemoryRecord) -> int:
+    """Bytes on the accelerator after the last call beyond the weights that stand there."""
+    last = last_call(memory)
+    return max(0, last.live_bytes - memory.before_bytes - last.weights_bytes)
+
+
+def growth(memory: MemoryRecord) -> tuple[float, float]:
+    """(bytes that each call adds, the standard error of that), by least squares over calls that were repeated unchanged.
+
+    Calls are repeated where a warm call left more than the one before; where none did nothing grows.
+    """
+    live = [call.live_bytes for call in memory.calls if call.repeated]
+    if len(live) < 3:
+        return 0.0, 0.0
+    at = [index - (len(live) - 1) / 2 for index in range(len(live))]
+    middle = sum(live) / len(live)
+    spread = sum(x * x for x in at)
+    slope = sum(x * (y - middle) for x, y in zip(at, live, strict=True)) / spread
+    rest = sum((y - middle - slope * x) ** 2 for x, y in zip(at, live, strict=True))
+    return slope, math.sqrt(rest / (len(live) - 2) / spread)
 
 
 def human(count: int) -> str:

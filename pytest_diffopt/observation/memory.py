@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 SHOWN = 3
 """Names of tensors that are written down for a component that stays."""
 
-NOTICED = 0.001
-"""Of the loaded bytes: a warm call that adds more is made again, to tell a leak from something that is kept once."""
-
 
 class MemoryWatch:
     """Reads the accelerator's counters. On a device without counters nothing is written down."""
@@ -33,7 +30,7 @@ class MemoryWatch:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._before: int | None = None
-        self._load_peak = self._loaded = 0
+        self._load_peak = self._loaded = self._held = self._elsewhere_before = 0
         self._loaded_residency: dict[str, int] = {}
         self._transferred: dict[str, int] | None = None
         self._calls: list[CallMemory] = []
@@ -47,16 +44,19 @@ class MemoryWatch:
         """Begin: what is allocated now belongs to others."""
         self._before = self._settled()
         self.accelerator.reset_peak()
+        self._elsewhere_before = self.accelerator.elsewhere_bytes() or 0
 
     def loaded(self, components: Mapping[str, torch.nn.Module]) -> None:
         """The pipeline is prepared."""
         if self.counts:
             self._load_peak = self.accelerator.peak_bytes() or 0
             self._loaded = self._settled() or 0
-            self._loaded_residency = {name: self._resident(module)[0] for name, module in components.items()}
+            resident = {name: self._resident(module)[0] for name, module in components.items()}
+            self._loaded_residency = {name: sum(blocks.values()) for name, blocks in resident.items()}
 
-    def call_begins(self) -> None:
-        """A call is about to be made."""
+    def call_begins(self, held_bytes: int) -> None:
+        """A call is about to be made; ``held_bytes`` on the accelerator are results that the observation holds already."""
+        self._held = held_bytes
         if self.counts:
             self.accelerator.reset_peak()
             self._transferred = self.accelerator.transferred_bytes()
@@ -74,11 +74,12 @@ class MemoryWatch:
         self._calls.append(
             CallMemory(
                 call=call,
-                peak_bytes=peak,
+                peak_bytes=peak - self._held,
                 live_bytes=(self._settled() or 0) - held_bytes,
-                residency={name: size for name, (size, _) in resident.items()},
+                residency={name: sum(blocks.values()) for name, (blocks, _) in resident.items()},
+                weights_bytes=sum({a: size for blocks, _ in resident.values() for a, size in blocks.items()}.values()),
                 staying={name: names for name, (_, names) in resident.items() if names},
-                elsewhere_bytes=self.accelerator.elsewhere_bytes() or 0,
+                elsewhere_bytes=(self.accelerator.elsewhere_bytes() or 0) - self._elsewhere_before,
                 h2d_bytes=moved["h2d"] - begun["h2d"] if moved and begun else None,
                 d2h_bytes=moved["d2h"] - begun["d2h"] if moved and begun else None,
                 repeated=repeated,
@@ -86,12 +87,9 @@ class MemoryWatch:
         )
 
     def is_growing(self) -> bool:
-        """Whether a warm call left noticeably more than the one before it."""
+        """Whether a warm call left more than the one before it: a leak, or something that is kept once."""
         live = [call.live_bytes for call in self._calls[1:]]
-        noticed = NOTICED * max(
-            [self._loaded - (self._before or 0), *(call.peak_bytes for call in self._calls)], default=0
-        )
-        return any(later - earlier > noticed for earlier, later in itertools.pairwise(live))
+        return any(later > earlier for earlier, later in itertools.pairwise(live))
 
     @property
     def record(self) -> MemoryRecord | None:
@@ -108,12 +106,13 @@ class MemoryWatch:
         gc.collect()
         return self.accelerator.live_bytes()
 
-    def _resident(self, module: torch.nn.Module) -> tuple[int, tuple[str, ...]]:
-        """(bytes of the module's weights on the accelerator, each block of memory once; the first few of their names)."""
-        sizes: dict[int, int] = {}
+    def _resident(self, module: torch.nn.Module) -> tuple[dict[int, int], tuple[str, ...]]:
+        """(address → bytes of the blocks that hold the module's weights on the accelerator; the first few of their names)."""
+        blocks: dict[int, int] = {}
         names: list[str] = []
         for name, tensor in weight_tensors(module):
             if tensor.device.type == self.accelerator.kind and tensor.untyped_storage().data_ptr():
-                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                storage = tensor.untyped_storage()
+                blocks[storage.data_ptr()] = self.accelerator.allocated_bytes(storage.nbytes())
                 names.append(name)
-        return sum(sizes.values()), tuple(names[:SHOWN])
+        return blocks, tuple(names[:SHOWN])

@@ -258,8 +258,8 @@ class CallMemory:
         peak_bytes: the highest during the call. live_bytes: after it, without the results that the observation holds.
         residency: component → bytes of its weights that are on the accelerator after the call: parameters, buffers and
             the inner tensors of quantization.
-        staying: component → the first few names of these.
-        elsewhere_bytes: the highest during the call on other devices of the same kind.
+        staying: component → the first few names of these. weights_bytes: of all of these, what components share once.
+        elsewhere_bytes: the highest during the call on other devices of the same kind, beyond what was there before.
         h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
         repeated: an extra call, the last one's again, made because memory had grown.
     """
@@ -269,6 +269,7 @@ class CallMemory:
     live_bytes: int
     residency: dict[str, int] = field(default_factory=dict)
     staying: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights_bytes: int = 0
     elsewhere_bytes: int = 0
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
@@ -333,6 +334,7 @@ class ComponentRecord:
         disabled: compiled paths whose forward Dynamo is told to leave alone.
         kept_plain, kept_float32: modules that the libraries leave unquantized, or in float32, by their own lists.
         kept_resident: the pipeline's class keeps it on the accelerator when it is offloaded.
+        shared_bytes: of its parameters, those that a component before it holds too.
     """
 
     name: str
@@ -345,6 +347,12 @@ class ComponentRecord:
     kept_plain: tuple[str, ...] = ()
     kept_float32: tuple[str, ...] = ()
     kept_resident: bool = False
+    shared_bytes: int = 0
+
+    @property
+    def own_bytes(self) -> int:
+        """Its parameters' bytes that no component before it holds."""
+        return self.bytes - self.shared_bytes
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "pytest-diffopt")
 QUIET_LOGGERS = ("diffusers", "transformers", "accelerate", "bitsandbytes", "torch._dynamo", "torch._inductor")
-REPEATS_WHERE_MEMORY_GREW = 3
+REPEATS_WHERE_MEMORY_GREW = 4
 SENSITIVITY_PROMPT = "a blue teapot under a stormy sky"
 
 
@@ -257,7 +257,7 @@ class _Run:
             self.notes.append("no sensitivity run: the model's inputs hold nothing that could be changed")
             return
         inputs = digest(arguments)
-        self.memory.call_begins()
+        self.memory.call_begins(self.recorder.held_bytes(self.accelerator.kind))
         started = time.perf_counter()
         result = prepared.run(arguments)
         self.accelerator.synchronize()
@@ -305,23 +305,28 @@ class _Run:
         with self._stance():
             for repeat in range(REPEATS_WHERE_MEMORY_GREW):
                 self.watch.call = self.recipe.call.count + 1 + repeat
-                self.memory.call_begins()
+                held = self.recorder.held_bytes(self.accelerator.kind)
+                self.memory.call_begins(held)
                 prepared.run(prepared.arguments(last))
                 self.accelerator.synchronize()
-                held = self.recorder.held_bytes(self.accelerator.kind)
                 self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
 
     def _describe(self, prepared: Prepared) -> None:
+        seen: set[int] = set()
         for name, module in prepared.components.items():
             root = compilation.original_module(module)
             layers, others = manifest(name, root)
             self.layers += layers
             self.other_parameters += others
+            parameters = {id(parameter): tensor_bytes(parameter) for parameter in root.parameters()}
+            shared = sum(size for one, size in parameters.items() if one in seen)
+            seen |= parameters.keys()
             self.components.append(
                 ComponentRecord(
                     name=name,
                     kind=kind_of(root),
-                    bytes=sum(tensor_bytes(p) for p in root.parameters()),
+                    bytes=sum(parameters.values()),
+                    shared_bytes=shared,
                     blocks=compilation.repeated_classes(root),
                     compiled=compilation.compiled_paths(module),
                     siblings_not_compiled=compilation.siblings_not_compiled(module),
@@ -440,12 +445,12 @@ class _Run:
             parts = list(drawn) if isinstance(drawn, tuple) else [drawn]
             if not replay:
                 self.starting_noise[self.watch.call] = [
-                    part.detach().clone() if isinstance(part, torch.Tensor) else part for part in parts
+                    part.detach().to("cpu", copy=True) if isinstance(part, torch.Tensor) else part for part in parts
                 ]
                 return drawn
             kept = self.starting_noise.get(self._replayed_call, parts)
             parts = [
-                old.to(new.dtype) if isinstance(new, torch.Tensor) and new.is_floating_point() else new
+                old.to(new) if isinstance(new, torch.Tensor) and new.is_floating_point() else new
                 for old, new in zip(kept, parts, strict=True)
             ]
             self._replayed_call += 1

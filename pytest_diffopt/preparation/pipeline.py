@@ -197,8 +197,9 @@ def _place(prepared: Prepared) -> None:
     if prepared.recipe.offloading is not None or prepared.accelerator.is_host:
         return
     device = prepared.accelerator.device
-    if isinstance(prepared.recipe.pipeline, str) and hasattr(prepared.pipeline, "to"):
+    if not _is_factory(prepared.recipe):
         prepared.pipeline.to(device)
+        return
     for module in prepared.components.values():
         module.to(device)
 
@@ -241,9 +242,13 @@ def dynamo_settings(settings: Mapping[str, Any]) -> Iterator[None]:
 
 def _built(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) -> Prepared:
     _seed(recipe.call.seed)
-    if callable(recipe.pipeline) or (":" in recipe.pipeline and "/" not in recipe.pipeline):
+    if _is_factory(recipe):
         return _from_factory(recipe, accelerator)
     return _from_files(recipe, accelerator, allow_hub=allow_hub)
+
+
+def _is_factory(recipe: Recipe) -> bool:
+    return callable(recipe.pipeline) or (":" in recipe.pipeline and "/" not in recipe.pipeline)
 
 
 def _seed(seed: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pytest_diffopt import Contract, Offloading, Recipe, Verdict
+from pytest_diffopt import Contract, Offloading, Quantization, Recipe, Verdict
 from pytest_diffopt.checks import memory
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.contract import derive
@@ -14,21 +15,37 @@ from pytest_diffopt.observation.observation import (
     CallMemory,
     ComponentRecord,
     Failure,
+    Layer,
     MemoryRecord,
     Observation,
+    Output,
 )
 
 SIZES = {"transformer": 800_000, "text_encoder": 150_000, "vae": 50_000}
 BEFORE = 4_096  # what others hold
 
 
-def record(*peaks: int, left: int = 0, grows: int = 0, stays: dict[str, int] | None = None) -> MemoryRecord:
+def record(
+    *peaks: int,
+    left: int = 0,
+    grown: tuple[int, ...] = (),
+    stays: dict[str, int] | None = None,
+    elsewhere: int = 0,
+) -> MemoryRecord:
+    """A record of calls with these peaks; ``grown`` are bytes beyond the first after each repeated call."""
     residency = dict.fromkeys(SIZES, 0) | (stays or {})
+    weights = sum(residency.values())
     calls = tuple(
-        CallMemory(k, BEFORE + peak, BEFORE + left + grows * k + sum(residency.values()), residency)
+        CallMemory(
+            k, BEFORE + peak, BEFORE + left + weights, residency, weights_bytes=weights, elsewhere_bytes=elsewhere
+        )
         for k, peak in enumerate(peaks)
     )
-    return MemoryRecord(BEFORE, BEFORE + 1_000_000, BEFORE + sum(SIZES.values()), calls)
+    calls += tuple(
+        CallMemory(len(peaks) + k, BEFORE + peaks[-1], BEFORE + left + size + weights, residency, repeated=True)
+        for k, size in enumerate(grown)
+    )
+    return MemoryRecord(BEFORE, BEFORE + 1_000_000, BEFORE + weights, calls, residency)
 
 
 RESIDENT = record(1_060_000, 1_050_000, 1_050_000, stays=SIZES)
@@ -102,8 +119,15 @@ def test_a_state_object_that_keeps_a_weight_alive_is_found_though_every_paramete
 
 
 def test_growth_over_calls_is_found() -> None:
-    failed_with(judge(record(860_000, 860_000, 860_000, 860_000, grows=6_000)), "memory grows by 5.86 KiB a call")
-    assert judge(record(860_000, 860_000, 860_000, 860_000, grows=40)).status == "passed"
+    verdict = judge(record(860_000, 860_000, 860_000, grown=(600, 1_200, 1_800, 2_400)))
+    failed_with(verdict, "memory grows by 600 B a call, over 4 repeated calls")
+    every_other = judge(record(860_000, 860_000, grown=(0, 600, 600, 1_200, 1_200, 1_800)))
+    failed_with(every_other, "memory grows by 326 B ± 42 B a call, over 6 repeated calls")
+
+
+@pytest.mark.parametrize("grown", [(), (600, 600, 600, 600), (600, 1_200, 600, 1_200), (0, 600, 600, 600)])
+def test_what_is_kept_once_or_comes_and_goes_is_no_growth(grown: tuple[int, ...]) -> None:
+    assert judge(record(860_000, 860_000, 860_000, grown=grown)).status == "passed"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +139,75 @@ def test_growth_over_calls_is_found() -> None:
 )
 def test_the_contract_may_promise_more(contract: Contract, cause: str) -> None:
     failed_with(judge(record(860_000, 860_000, 860_000), contract=contract), cause)
+
+
+def test_a_peak_too_low_for_what_ran_is_found() -> None:
+    output = Output(0, "transformer", 0, "", "float32", (1,), True, "")
+    seen = replace(observation(record(300_000, 300_000)), outputs=(output,))
+    recipe = Recipe("r", "tiny-flux", offloading=Offloading("model"))
+    limits = derive(recipe.contract, compilations=(), offloading=recipe.offloading)
+    verdict = memory.judge(Evidence(recipe, seen, limits, None, observation(RESIDENT)))
+    failed_with(verdict, "292.97 KiB, less than transformer with 781.25 KiB: it did not run on the accelerator")
+
+
+def test_memory_on_another_device_of_the_kind_is_found() -> None:
+    verdict = judge(record(860_000, 860_000, elsewhere=2_048))
+    failed_with(verdict, "2.00 KiB on another device of the same kind, which the recipe does not use")
+
+
+def test_a_reference_that_is_offloaded_itself_is_none() -> None:
+    verdict = judge(record(860_000, 860_000), resident=observation(record(860_000, 860_000)))
+    assert verdict.status == "unverified"
+    assert "781.25 KiB of transformer's 781.25 KiB are not on the accelerator" in verdict.sentence
+
+
+def test_a_component_that_the_pipelines_class_keeps_need_not_leave() -> None:
+    components = tuple(
+        ComponentRecord(name, "Module", size, kept_resident=name == "vae") for name, size in SIZES.items()
+    )
+    seen = replace(observation(record(860_000, 860_000, stays={"vae": 50_000})), components=components)
+    recipe = Recipe("r", "tiny-flux", offloading=Offloading("model"))
+    limits = derive(recipe.contract, compilations=(), offloading=recipe.offloading)
+    assert memory.judge(Evidence(recipe, seen, limits, None, observation(RESIDENT))).status == "passed"
+
+
+def layer(form: str, **more: Any) -> Layer:
+    fields: dict[str, Any] = {"weight_bytes": 8_192, "state_bytes": 1_088, "in_features": 128, "out_features": 128}
+    return Layer("model", "first", "Linear4bit", form, "uint8", "bfloat16", **(fields | more))
+
+
+@pytest.mark.parametrize(
+    ("healthy", "fault"),
+    [
+        (layer("nf4"), layer("nf4", state_bytes=2 * 1_088)),
+        (
+            layer("nf4", state_bytes=1_400, double_quantized=True),
+            layer("nf4", state_bytes=2_176, double_quantized=True),
+        ),
+        (layer("int8", weight_bytes=16_384, state_bytes=512), layer("int8", weight_bytes=16_384, state_bytes=1_024)),
+    ],
+)
+def test_quantized_layers_take_what_their_format_says(healthy: Layer, fault: Layer) -> None:
+    recipe = Recipe("r", "tiny-flux", quantization=Quantization("bitsandbytes_4bit"))
+    limits = derive(recipe.contract, compilations=(), offloading=None)
+
+    def verdict(found: Layer) -> Verdict:
+        return memory.judge(Evidence(recipe, replace(observation(RESIDENT), layers=(found,)), limits))
+
+    assert verdict(healthy).status == "passed"
+    failed_with(verdict(fault), "1 quantized layer larger than the format says", "model.first: ")
+
+
+def test_tensors_beside_resident_weights_are_found_where_they_are_as_large_as_a_dense_layer() -> None:
+    recipe = Recipe("r", "tiny-flux", quantization=Quantization("bitsandbytes_4bit"))
+    limits = derive(recipe.contract, compilations=(), offloading=None)
+
+    def verdict(left: int) -> Verdict:
+        seen = replace(observation(record(1_060_000, 1_060_000, stays=SIZES, left=left)), layers=(layer("nf4"),))
+        return memory.judge(Evidence(recipe, seen, limits))
+
+    assert verdict(20_000).status == "passed"
+    failed_with(verdict(32_768), "32.00 KiB stay on the accelerator after the call beside the weights")
 
 
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:
