@@ -67,8 +67,10 @@ class TwoPart:
 
     def embed(self, prompt: str) -> torch.Tensor:
         numbers = [float(ord(letter)) / 128 for letter in prompt.ljust(WIDTH)[:WIDTH]]
-        device = next(self.components["encoder"].parameters()).device
-        encoded: torch.Tensor = self.components["encoder"](torch.tensor([numbers] * 4, device=device))
+        encoder = self.components["encoder"]
+        hook = getattr(encoder, "_hf_hook", None)  # as diffusers finds out where an offloaded pipeline runs
+        device = getattr(hook, "execution_device", None) or next(encoder.parameters()).device
+        encoded: torch.Tensor = encoder(torch.tensor([numbers] * 4, device=device))
         return encoded
 
     def denoise(self, x: torch.Tensor) -> torch.Tensor:
