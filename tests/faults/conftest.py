@@ -68,8 +68,10 @@ class TwoPart:
     def embed(self, prompt: str) -> torch.Tensor:
         numbers = [float(ord(letter)) / 128 for letter in prompt.ljust(WIDTH)[:WIDTH]]
         encoder = self.components["encoder"]
-        hook = getattr(encoder, "_hf_hook", None)  # as diffusers finds out where an offloaded pipeline runs
-        device = getattr(hook, "execution_device", None) or next(encoder.parameters()).device
+        hooks = [getattr(module, "_hf_hook", None) for module in encoder.modules()]
+        placed = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        # as diffusers finds out where an offloaded pipeline runs
+        device = placed[0] if placed else next(encoder.parameters()).device
         encoded: torch.Tensor = encoder(torch.tensor([numbers] * 4, device=device))
         return encoded
 

@@ -306,7 +306,7 @@ def test_a_dense_copy_beside_a_quantized_weight_is_found() -> None:
     nf4 = Quantization("bitsandbytes_4bit", components=["model"], kwargs={"bnb_4bit_quant_type": "nf4"})
     fields: dict[str, Any] = {"quantization": nf4, "dtype": "bfloat16", "call": Call(inputs=inputs())}
     failed_with(
-        judged(KeepsADenseCopy, None, **fields), "512.00 KiB stay on the accelerator after the call beside the weights"
+        judged(KeepsADenseCopy, None, **fields), "512.75 KiB stay on the accelerator after the call beside the weights"
     )
     healthy = judged(KeepsNoCopy, None, **fields)
     assert healthy.status == "passed"
