@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ PYTHON = blocks("python")
 
 @pytest.mark.parametrize(("where", "text"), PYTHON, ids=[where for where, _ in PYTHON])
 def test_python_in_the_documentation_runs(where: str, text: str, run_pytest: object, pytester: pytest.Pytester) -> None:
+    if "pytest_diffopt.accelerators.simulated" in text:
+        # as a program of its own: torch keeps the device for good, and it is there for programs without pytest
+        text += "\nimport sys\nassert 'pytest' not in sys.modules\n"
+        ran = pytester.run(sys.executable, "-W", "ignore", pytester.makepyfile(program=text))
+        assert ran.ret == 0, ran.stderr.str()
+        return
     name = match[1] if (match := re.match(r"# (test_\w+\.py)\n", text)) else ""
     if not name:
         text = "def test_block():\n" + "".join(f"    {line}\n" for line in text.splitlines())
@@ -46,6 +53,27 @@ def test_python_in_the_documentation_runs(where: str, text: str, run_pytest: obj
     outcomes = result.parseoutcomes()
     assert result.ret == 0, result.stdout.str()
     assert outcomes.get("passed", 0) >= 1
+
+
+def test_the_commands_that_give_another_suite_the_device_do_so(run_pytest: object, pytester: pytest.Pytester) -> None:
+    ((_, commands),) = [block for block in blocks("sh") if block[0].startswith("docs/simulated.md")]
+    script = pytester.makefile(
+        ".sh",
+        f"set -e\nalias python={sys.executable}\n{commands}"
+        "python -c 'import diffusers.utils.testing_utils as testing; print(testing.torch_device)'",
+    )
+    ran = pytester.run("sh", script)
+    assert ran.ret == 0, ran.stderr.str()
+    assert ran.outlines[-1] == "sim"
+
+
+def test_every_variable_of_the_simulated_device_is_documented() -> None:
+    sources = ROOT / "pytest_diffopt" / "accelerators" / "simulated"
+    text = "".join(path.read_text(encoding="utf-8") for path in sources.rglob("*.py"))
+    page = (ROOT / "docs" / "simulated.md").read_text(encoding="utf-8")
+    variables = set(re.findall(r"DIFFOPT_[A-Z_]+", text)) | set(re.findall(r'environ\.get\("(\w+)"', text))
+    assert {"DIFFOPT_SIM_DEVICES", "DIFFOPT_SIM_ADAPT", "CXX"} <= variables
+    assert [name for name in variables if f"| `{name}` |" not in page] == []
 
 
 def test_the_readmes_commands_are_those_of_tox_and_of_ci() -> None:

@@ -4,6 +4,9 @@ Tensors on it live in host memory and are computed by the CPU's kernels, with th
 the *device*: each byte on it is counted, tensors of different devices do not mix, copies across are counted, its memory
 has an end. The library behind it is built on first use (see :mod:`.build`).
 
+Other libraries' lists of devices leave it out: ``with adapted_libraries():`` adapts them and gives them back,
+:func:`adapt_libraries` adapts them until the process ends, and so does ``DIFFOPT_SIM_ADAPT=1`` at the import.
+
 ``DIFFOPT_SIM_DEVICES`` says how many devices there are: 2 if it is not set.
 """
 
@@ -12,10 +15,14 @@ from __future__ import annotations
 import torch
 
 from pytest_diffopt.accelerators.simulated.build import ensure_library
-from pytest_diffopt.accelerators.simulated.libraries import adapted_libraries
+from pytest_diffopt.accelerators.simulated.libraries import (
+    adapt_as_environment_says,
+    adapt_libraries,
+    adapted_libraries,
+)
 from pytest_diffopt.errors import UnverifiableError
 
-__all__ = ["adapted_libraries"]
+__all__ = ["adapt_libraries", "adapted_libraries"]
 
 
 def _load() -> None:
@@ -36,3 +43,4 @@ def _load() -> None:
 
 
 _load()
+adapt_as_environment_says()

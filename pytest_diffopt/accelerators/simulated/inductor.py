@@ -5,55 +5,22 @@ Nothing is imported until torch imports its own compiler: :func:`register_with_c
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-import types
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from pytest_diffopt.accelerators.simulated.imports import AfterImport
+
 
 def register_with_compilers() -> None:
     """Make Dynamo and Inductor know the device, each as soon as it is imported."""
-    _when_imported("torch._dynamo.device_interface", _register_interface)
-    _when_imported("torch._inductor.compile_fx", _register_inductor)  # the last: the modules import each other
-
-
-def _when_imported(name: str, action: Callable[[], None]) -> None:
-    if name in sys.modules:
-        action()
-    else:
-        sys.meta_path.insert(0, _AfterImport(name, action))
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs an action after one module's own code, once."""
-
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name = name
-        self.action = action
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        loader = spec.loader
-        run = loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            run(module)
-            self.action()
-
-        loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    AfterImport(
+        {
+            "torch._dynamo.device_interface": lambda module: _register_interface(),
+            # the last: the modules import each other
+            "torch._inductor.compile_fx": lambda module: _register_inductor(),
+        }
+    ).start()
 
 
 def _register_interface() -> None:
