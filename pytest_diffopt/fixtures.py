@@ -15,19 +15,25 @@ from pytest_diffopt.report.rows import ROW_PROPERTY, row_of
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
     from pytest_diffopt.observation.compilation import CompileWatch
+    from pytest_diffopt.observation.memory import MemorySpan
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
 
 
 @pytest.fixture(scope="session")
-def accelerator(pytestconfig: pytest.Config) -> Accelerator:
-    """The device that recipes run on, as ``--diffopt-device`` says."""
+def accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
+    """The device that recipes run on, as ``--diffopt-device`` says.
+
+    From the first test that takes it to the end of the session the libraries know the simulated one as a device of theirs.
+    """
     from pytest_diffopt.errors import DiffoptError
 
     try:
-        return accelerator_of(pytestconfig)
+        found = accelerator_of(pytestconfig)
     except DiffoptError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
+    with found.known_to_libraries():
+        yield found
 
 
 @pytest.fixture
@@ -41,6 +47,26 @@ def compile_watch(request: pytest.FixtureRequest) -> Iterator[CompileWatch]:
     with watched() as watch:
         request.node.stash[WATCH] = watch
         yield watch
+
+
+@pytest.fixture
+def memory_watch(request: pytest.FixtureRequest, accelerator: Accelerator) -> Iterator[MemorySpan]:
+    """The accelerator's memory from here to the end of the test: ``peak_bytes``, ``live_bytes``, ``transferred_bytes``, …
+
+    On a device that does not count its memory the test is unverified: skipped, or failed with ``--diffopt-strict``.
+    """
+    from pytest_diffopt.collection.skipping import unverified
+    from pytest_diffopt.errors import UnverifiableError
+    from pytest_diffopt.observation.memory import MemorySpan
+
+    try:
+        span = MemorySpan(accelerator).__enter__()
+    except UnverifiableError as error:
+        unverified(request.node, "memory_watch", str(error), strict=request.config.stash[SETTINGS].strict)
+    try:
+        yield span
+    finally:
+        span.__exit__(None, None, None)
 
 
 @pytest.fixture

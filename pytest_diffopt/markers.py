@@ -202,6 +202,31 @@ class MaxRecompiles(Marker):
             raise self._reject("limit", self.limit)
 
 
+@dataclass(frozen=True)
+class MaxMemory(Marker):
+    """max_memory(limit): the accelerator holds at most that much at any moment of the test, however it came there.
+
+    What fixtures put there before counts too. A test in which nothing is on the accelerator fails: it would prove nothing.
+    On a device that does not count its memory the test is unverified. The closest of several markers counts.
+    """
+
+    name: ClassVar[str] = "max_memory"
+
+    limit: str | int = field(metadata=_takes('"12GiB", or bytes'))
+
+    def __post_init__(self) -> None:
+        try:
+            positive = bytes_of(self.limit) > 0
+        except ValueError:
+            positive = False
+        if not positive:
+            raise self._reject("limit", self.limit)
+
+    @property
+    def limit_bytes(self) -> int:
+        return bytes_of(self.limit)
+
+
 @dataclass(frozen=True, init=False)
 class Recipes(Marker):
     """recipes(*recipes): run the test once a recipe; its fixtures `recipe` and `observation` have it and what happened.
@@ -307,7 +332,8 @@ class QuantizationMarker(Marker):
 
 
 MARKERS: dict[str, type[Marker]] = {
-    marker.name: marker for marker in (RequiresGpu, CompileFullgraph, MaxRecompiles, Recipes, QuantizationMarker)
+    marker.name: marker
+    for marker in (RequiresGpu, CompileFullgraph, MaxRecompiles, MaxMemory, Recipes, QuantizationMarker)
 }
 
 
@@ -376,5 +402,6 @@ def _is_test(value: object) -> bool:
 requires_gpu = CheckedMarker(RequiresGpu)
 compile_fullgraph = CheckedMarker(CompileFullgraph)
 max_recompiles = CheckedMarker(MaxRecompiles)
+max_memory = CheckedMarker(MaxMemory)
 recipes = CheckedMarker(Recipes)
 quantization = CheckedMarker(QuantizationMarker)

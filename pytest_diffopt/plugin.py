@@ -11,7 +11,7 @@ import pytest
 from pytest_diffopt import hookspec
 from pytest_diffopt.collection import marked_tests
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
-from pytest_diffopt.fixtures import accelerator, compile_watch, observation, quantized_pipeline, recipe
+from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
 from pytest_diffopt.report.progress import ProgressLine
 from pytest_diffopt.report.terminal import RecipeReport, status_of
@@ -19,7 +19,7 @@ from pytest_diffopt.report.terminal import RecipeReport, status_of
 if TYPE_CHECKING:
     from pytest_diffopt.collection.recipe_files import RecipeFile
 
-__all__ = ["accelerator", "compile_watch", "observation", "quantized_pipeline", "recipe"]
+__all__ = ["accelerator", "compile_watch", "memory_watch", "observation", "quantized_pipeline", "recipe"]
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:

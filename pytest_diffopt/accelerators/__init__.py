@@ -6,8 +6,10 @@ for: everything is judged there except what only an accelerator can show, its me
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,17 @@ class Accelerator:
         if self.kind in ("cpu", "mps"):
             return torch.device(self.kind)
         return torch.device(self.kind, self._module.current_device())
+
+    @contextlib.contextmanager
+    def known_to_libraries(self) -> Iterator[None]:
+        """Inside this the libraries treat the simulated device as one of theirs; a device that they know changes nothing."""
+        if not self.is_simulated:
+            yield
+            return
+        from pytest_diffopt.accelerators.simulated.libraries import adapted_libraries
+
+        with adapted_libraries():
+            yield
 
     @functools.cached_property
     def _module(self) -> Any:
@@ -118,6 +131,55 @@ class Accelerator:
         """Give cached blocks back to the device."""
         if not self.is_host:
             self._module.empty_cache()
+
+
+_RESETS = ("reset_peak_memory_stats", "reset_max_memory_allocated")
+"""torch's functions that begin a new peak."""
+
+
+class Peak:
+    """The highest number of bytes on an accelerator in a span of time, whoever resets the device's own counter in it.
+
+    Open it, and :meth:`begin` as often as a new span begins. On a device without counters :meth:`bytes` is None.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._highest = 0
+        self._borrowed = contextlib.ExitStack()
+
+    def __enter__(self) -> Peak:
+        import torch
+
+        if self._accelerator.peak_bytes() is not None:
+            for holder in (self._accelerator._module, torch.accelerator):
+                for name in _RESETS:
+                    if hasattr(holder, name):
+                        self._borrowed.callback(setattr, holder, name, getattr(holder, name))
+                        setattr(holder, name, self._noting(getattr(holder, name)))
+        self.begin()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._borrowed.close()
+
+    def begin(self) -> None:
+        """A new span begins now."""
+        self._accelerator.reset_peak()
+        self._highest = 0
+
+    def bytes(self) -> int | None:
+        """The peak of the span so far."""
+        now = self._accelerator.peak_bytes()
+        return None if now is None else max(now, self._highest)
+
+    def _noting(self, reset: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(reset)
+        def note_and_reset(*args: Any, **kwargs: Any) -> Any:
+            self._highest = self.bytes() or 0
+            return reset(*args, **kwargs)
+
+        return note_and_reset
 
 
 def select(kind: str = "auto") -> Accelerator:

@@ -90,10 +90,14 @@ def _judge_offloaded(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     if missing:
         why = f"the run without offloading is no reference: {missing}; does the pipeline offload by itself?"
         return given.unverified(NAME, why, **figures)
+    stays = human(figures["left_bytes"])
+    if (scales := last_call(memory).weights_bytes) > stray(
+        sum(record.own_bytes for record in given.observation.components)
+    ):
+        stays += f" and {human(scales)} of quantization scales"
     return given.passed(
         NAME,
-        f"the peak of a call falls from {human(before)} to {human(peak)} "
-        f"({peak / before:.2f}×), and {human(figures['left_bytes'])} stay after it",
+        f"the peak of a call falls from {human(before)} to {human(peak)} ({peak / before:.2f}×), and {stays} stay after it",
         **figures,
     )
 
@@ -127,7 +131,7 @@ def _offloading_problems(
     last = last_call(memory)
     for record in offloaded_components(given):
         stays = last.residency.get(record.name, 0)
-        if stays > stray(record.bytes):
+        if stays > stray(record.bytes) + _scales(given, record.name):
             problems.append(f"{record.name} has not left the accelerator after the call")
             names = ", ".join(last.staying.get(record.name, ()))
             evidence.append(
@@ -209,6 +213,13 @@ def call_peak(memory: MemoryRecord) -> int:
 def stray(weights_bytes: int) -> int:
     """Bytes that may lie on the accelerator beside weights of that size."""
     return max(int(STRAY_SHARE * weights_bytes), STRAY_BYTES)
+
+
+def _scales(given: Evidence, component: str) -> int:
+    """Bytes of a component's scales (absmax, SCB), which group offloading leaves where they are: it moves parameters only."""
+    if given.recipe.offloading is None or given.recipe.offloading.strategy != "group":
+        return 0
+    return sum(layer.state_bytes for layer in given.observation.layers if layer.component == component)
 
 
 def _may_stay(given: Evidence) -> int:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_diffopt.collection.session import accelerator_of, kind_of
-from pytest_diffopt.collection.skipping import place_skip, skip
+from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
+from pytest_diffopt.collection.skipping import place_skip, skip, unverified
 from pytest_diffopt.report.rows import RECIPE_PROPERTY
 
 if TYPE_CHECKING:
     from pytest_diffopt.collection.watching import WatchMarkers
+    from pytest_diffopt.markers import MaxMemory
     from pytest_diffopt.observation.compilation import CompileWatch
 
 # What ``pytest --markers`` prints: the first line of each dataclass's docstring in `markers`, written again (a test
@@ -26,12 +27,15 @@ MARKER_LINES = {
     "all that the test compiles is one graph a frame, and runs: no break, no skip, no fall back.",
     "max_recompiles": "max_recompiles(limit): "
     "at most that many recompiles in the test, and no recompile limit is ever exhausted.",
+    "max_memory": "max_memory(limit): "
+    "the accelerator holds at most that much at any moment of the test, however it came there.",
     "recipes": "recipes(*recipes): "
     "run the test once a recipe; its fixtures `recipe` and `observation` have it and what happened.",
     "quantization": 'quantization(backend, components=None, pipeline="tiny-flux", **kwargs): '
     "configure fixture `quantized_pipeline`.",
 }
 
+MAX_MEMORY: pytest.StashKey[MaxMemory] = pytest.StashKey()
 WATCH_MARKERS: pytest.StashKey[WatchMarkers] = pytest.StashKey()
 WATCH: pytest.StashKey[CompileWatch] = pytest.StashKey()
 """The open watch of a test that takes the fixture `compile_watch`."""
@@ -93,7 +97,7 @@ def set_up(item: pytest.Item) -> None:
         return
     from pytest_diffopt.collection.watching import WatchMarkers
     from pytest_diffopt.errors import DiffoptError, MarkerError, UnverifiableError
-    from pytest_diffopt.markers import MARKERS, RequiresGpu, closest, not_a_gpu, unsupported
+    from pytest_diffopt.markers import MARKERS, MaxMemory, RequiresGpu, closest, not_a_gpu, unsupported
 
     try:
         for mark in item.iter_markers():
@@ -115,16 +119,50 @@ def set_up(item: pytest.Item) -> None:
             raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
         if why is not None:
             skip(item, why)
+    if (memory := closest(item, MaxMemory)) is not None:
+        item.stash[MAX_MEMORY] = memory
     if (watch_markers := WatchMarkers.of_test(item)) is not None:
         item.stash[WATCH_MARKERS] = watch_markers
 
 
 @contextlib.contextmanager
 def watching(item: pytest.Item) -> Iterator[None]:
-    """Watch what the test compiles, where its markers ask for it, and fail it where they do not hold.
+    """Watch what the test compiles and allocates, where its markers ask for it, and fail it where they do not hold.
 
     A test that fails by itself, or skips, is left at that.
     """
+    with _watching_memory(item), _watching_compilation(item):
+        yield
+
+
+@contextlib.contextmanager
+def _watching_memory(item: pytest.Item) -> Iterator[None]:
+    marker = item.stash.get(MAX_MEMORY, None)
+    if marker is None:
+        yield
+        return
+    from pytest_diffopt.collection.watching import memory_failure
+    from pytest_diffopt.errors import UnverifiableError
+    from pytest_diffopt.observation.memory import MemorySpan
+
+    span, unmeasured = None, ""
+    try:
+        span = MemorySpan(accelerator_of(item.config)).__enter__()
+    except UnverifiableError as error:
+        unmeasured = str(error)
+    if span is None:
+        yield
+        unverified(item, marker.name, unmeasured, strict=item.config.stash[SETTINGS].strict)
+    try:
+        yield
+    finally:
+        span.__exit__(None, None, None)
+    if not getattr(item, "_excinfo", None) and (why := memory_failure(span, marker.limit_bytes)):
+        pytest.fail(f"{item.name} · {marker.name}: {why}", pytrace=False)
+
+
+@contextlib.contextmanager
+def _watching_compilation(item: pytest.Item) -> Iterator[None]:
     markers = item.stash.get(WATCH_MARKERS, None)
     if markers is None:
         yield

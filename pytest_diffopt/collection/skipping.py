@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import pytest
 
+from pytest_diffopt.report.rows import VERDICT_PROPERTY
+
 _SKIPPED: pytest.StashKey[str] = pytest.StashKey()
 
 
@@ -14,6 +16,27 @@ def skip(item: pytest.Item, reason: str) -> NoReturn:
     """Skip, reported at the item's own place."""
     item.stash[_SKIPPED] = reason
     pytest.skip(reason)
+
+
+def unverified(item: pytest.Item, name: str, why: str, *, strict: bool) -> NoReturn:
+    """End a test that could not be judged: skipped in a category of its own, or failed where the run is strict.
+
+    Args:
+        name: of the marker or fixture that could not. why: the sentence.
+    """
+    text = f"{item.name} · {name}: unverified: {why}"
+    if strict:
+        pytest.fail(text, pytrace=False)
+    verdict = {
+        "check": name,
+        "recipe": item.name,
+        "status": "unverified",
+        "sentence": why,
+        "figures": {},
+        "evidence": [],
+    }
+    item.user_properties.append((VERDICT_PROPERTY, verdict))
+    skip(item, f"unverified: {name}: {why}")
 
 
 def place_skip(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_diffopt.checks.memory import human
 from pytest_diffopt.markers import CompileFullgraph, MaxRecompiles, closest
 
 if TYPE_CHECKING:
     from pytest_diffopt.observation.compilation import CompileWatch
+    from pytest_diffopt.observation.memory import MemorySpan
     from pytest_diffopt.observation.observation import CompileRecord, FrameAttempt, GraphBreak, RegionRuns
 
 _NOTHING = (
@@ -108,6 +110,19 @@ def recompiles_failure(record: CompileRecord, limit: int) -> list[str] | None:
         *_grouped(map(_frame_line, limits)),
         "each guard names what changed between two calls: keep it constant, pass it as a tensor, or mark it dynamic",
     ]
+
+
+def memory_failure(span: MemorySpan, limit_bytes: int) -> str | None:
+    """The sentence where the accelerator held more than the limit, or nothing at all; None where it holds."""
+    peak, kind = span.peak_bytes, span.accelerator.kind
+    if peak == 0:
+        return f"nothing was on {kind} in this test: put the pipeline there, or take the marker off"
+    if peak <= limit_bytes:
+        return None
+    before = f", of which {human(span.before_bytes)} were there before the test" if span.before_bytes else ""
+    return (
+        f"the peak on {kind} was {human(peak)}{before}; {human(limit_bytes)} allowed ({peak - limit_bytes} bytes more)"
+    )
 
 
 @contextlib.contextmanager

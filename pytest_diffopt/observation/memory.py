@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.accelerators import Peak
+from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
 
@@ -116,3 +118,55 @@ class MemoryWatch:
                 blocks[storage.data_ptr()] = self.accelerator.allocated_bytes(storage.nbytes())
                 names.append(name)
         return blocks, tuple(names[:SHOWN])
+
+
+class MemorySpan:
+    """What happens to the accelerator's memory while something else runs, e.g. a test; a context manager.
+
+    Attributes:
+        before_bytes: on the accelerator when it was opened.
+
+    Raises:
+        UnverifiableError: on entry, where the device does not count its memory.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.before_bytes = 0
+        self._transferred: dict[str, int] = {}
+        self._peak = Peak(accelerator)
+        self._final: int | None = None
+
+    def __enter__(self) -> MemorySpan:
+        live = self.accelerator.live_bytes()
+        if live is None:
+            raise UnverifiableError(f"the device in use, {self.accelerator.kind}, has no memory that could be measured")
+        self.before_bytes = live
+        self._transferred = self.accelerator.transferred_bytes() or {}
+        self._peak.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.accelerator.synchronize()
+        self._final = self._peak.bytes()
+        self._peak.__exit__(*exception)
+
+    def begin(self) -> None:
+        """Begin the peak anew, e.g. once a pipeline is loaded."""
+        self._peak.begin()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest so far, with what was there before; after the span, the highest in it."""
+        return self._final if self._final is not None else self._peak.bytes() or 0
+
+    @property
+    def live_bytes(self) -> int:
+        """On the accelerator now."""
+        return self.accelerator.live_bytes() or 0
+
+    @property
+    def transferred_bytes(self) -> dict[str, int] | None:
+        """Copied since it was opened, ``h2d`` and ``d2h``; None where the device does not count that."""
+        now = self.accelerator.transferred_bytes()
+        return None if now is None else {way: size - self._transferred.get(way, 0) for way, size in now.items()}

@@ -96,7 +96,7 @@ def observe(
     run.force_eager = force_eager
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
-    with state.borrowed_state(), _quietly() as caught:
+    with state.borrowed_state(), accelerator.known_to_libraries(), _quietly() as caught:
         run.everything()
         if precise and run.failure is None:
             run.in_higher_precision()

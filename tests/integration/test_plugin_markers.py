@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -252,3 +253,162 @@ def test_quantized_pipeline_is_what_the_marker_says(run_pytest: RunPytest, pytes
     result.assert_outcomes(passed=1, errors=2)
     result.stdout.fnmatch_lines(["quantized_pipeline: the test has no marker quantization: *"])
     result.stdout.fnmatch_lines(["*::test_wrong: quantization: *'bitsandbytes_5bit'*"])
+
+
+def test_max_memory_holds_the_peak_that_the_accelerator_really_had(
+    run_pytest: RunPytest, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+        from pytest_diffopt import max_memory
+
+        @pytest.fixture(scope="module")
+        def weights(accelerator):
+            return torch.zeros(1024, dtype=torch.uint8, device=accelerator.device)
+
+        @max_memory(3072)
+        def test_at_the_limit(weights, accelerator):
+            torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
+
+        @pytest.mark.max_memory("3071B")
+        def test_above_it_though_it_is_gone_at_the_end(weights, accelerator):
+            torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
+
+        @max_memory(3071)
+        def test_a_reset_in_the_test_hides_nothing(weights, accelerator):
+            torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
+            torch.sim.reset_peak_memory_stats()
+            torch.accelerator.reset_peak_memory_stats()
+
+        @max_memory("1GiB")
+        def test_its_own_failure_stays_its_own(weights):
+            assert False, "my own"
+        """
+    )
+    result = run_pytest("--diffopt-device=sim")
+    assert result.parseoutcomes() == {"passed": 1, "failed": 3}
+    result.stdout.fnmatch_lines(
+        [
+            "test_above_it_though_it_is_gone_at_the_end · max_memory: the peak on sim was 3.00 KiB, *; 3.00 KiB allowed (1 bytes more)",
+            "test_a_reset_in_the_test_hides_nothing · max_memory: the peak on sim was 3.00 KiB, *",
+            "E * my own",
+        ]
+    )
+
+
+def test_max_memory_proves_nothing_where_nothing_is_on_the_device(
+    run_pytest: RunPytest, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        """
+        import torch
+        from pytest_diffopt import max_memory
+
+        @max_memory("1GiB")
+        def test_on_the_host():
+            torch.zeros(2048)
+
+        def test_watch(memory_watch):
+            ...
+        """
+    )
+    result = run_pytest("--diffopt-device=sim")
+    assert result.parseoutcomes() == {"passed": 1, "failed": 1}
+    result.stdout.fnmatch_lines(["test_on_the_host · max_memory: nothing was on sim in this test: *"])
+    result = run_pytest("--diffopt-device=cpu", "-rs")
+    assert result.parseoutcomes() == {"unverified": 2}
+    result = run_pytest("--diffopt-device=cpu", "--diffopt-strict")
+    assert result.parseoutcomes() == {"failed": 1, "errors": 1}
+    result.stdout.fnmatch_lines(
+        ["*memory_watch: unverified: the device in use, cpu, has no memory that could be measured"]
+    )
+
+
+def test_memory_watch_tells_what_a_test_did(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import torch
+
+        def test_watch(memory_watch, accelerator):
+            before = memory_watch.before_bytes
+            kept = torch.zeros(1000, dtype=torch.uint8).to(accelerator.device)
+            more = torch.zeros(500, dtype=torch.uint8, device=accelerator.device)
+            del more
+            assert memory_watch.peak_bytes - before == 1500
+            assert memory_watch.live_bytes - before == 1000
+            assert memory_watch.transferred_bytes == {"h2d": 1000, "d2h": 0}
+            memory_watch.begin()
+            assert memory_watch.peak_bytes - before == 1000
+        """
+    )
+    assert run_pytest("--diffopt-device=sim").parseoutcomes() == {"passed": 1}
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("max_memory(gb=12)", "max_memory has no argument 'gb'. It takes: limit (\"12GiB\", or bytes)."),
+        ('max_memory("much")', "max_memory: limit: found 'much'. It takes: limit (\"12GiB\", or bytes)."),
+        ("max_memory(0)", 'max_memory: limit: found 0. It takes: limit ("12GiB", or bytes).'),
+    ],
+)
+def test_a_wrong_max_memory_is_named(
+    run_pytest: RunPytest, pytester: pytest.Pytester, marker: str, message: str
+) -> None:
+    pytester.makepyfile(f"import pytest\n\n@pytest.mark.{marker}\ndef test_marked(): ...")
+    result = run_pytest()
+    assert result.parseoutcomes() == {"errors": 1}
+    result.stdout.fnmatch_lines([f"*: {message}".replace("[", "[[]")])
+
+
+def test_a_plain_requires_gpu_refuses_the_simulated_device_and_makes_none(
+    run_pytest: RunPytest, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        """
+        import torch
+        from pytest_diffopt import requires_gpu
+
+        @requires_gpu
+        def test_real():
+            assert False
+
+        def test_none_was_made():
+            assert not hasattr(torch, "sim")
+
+        @requires_gpu(simulated=True)
+        def test_simulated(accelerator):
+            assert accelerator.is_simulated
+            torch.zeros(3, device=accelerator.device)
+        """
+    )
+    result = run_pytest("--diffopt-device=sim", "-rs")
+    assert result.parseoutcomes() == {"skipped": 1, "passed": 2}
+    result.stdout.fnmatch_lines(["*a simulated one (simulated=True accepts it)"])
+
+
+def test_without_a_compiler_the_simulated_device_leaves_all_unverified(
+    run_pytest: RunPytest, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(tmp_path))
+    pytester.makefile(".recipes.toml", small='[recipe.small]\npipeline = "factories:model"\n')
+    pytester.makepyfile(factories="from torch.nn import Linear\n\ndef model():\n    return Linear(2, 2)\n")
+    pytester.makepyfile(
+        """
+        from pytest_diffopt import requires_gpu, max_memory
+
+        @requires_gpu(simulated=True)
+        def test_gpu(): ...
+
+        @max_memory("1GiB")
+        def test_memory(): ...
+        """
+    )
+    result = run_pytest("--diffopt-device=sim", "-rs", "-p", "no:cacheprovider")
+    assert result.parseoutcomes() == {"skipped": 1, "unverified": 3}
+    result.stdout.fnmatch_lines(
+        ["*The simulated accelerator is built on first use and needs a C++20 compiler; CXX is*"]
+    )

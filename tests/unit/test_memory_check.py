@@ -210,6 +210,22 @@ def test_tensors_beside_resident_weights_are_found_where_they_are_as_large_as_a_
     failed_with(verdict(32_768), "32.00 KiB stay on the accelerator after the call beside the weights")
 
 
+@pytest.mark.parametrize(("strategy", "status"), [("group", "passed"), ("model", "failed")])
+def test_group_offloading_may_leave_the_scales_and_nothing_more(strategy: Any, status: str) -> None:
+    offloading = Offloading(strategy)
+    recipe = Recipe("r", "tiny-flux", quantization=Quantization("bitsandbytes_4bit"), offloading=offloading)
+    limits = derive(recipe.contract, compilations=(), offloading=offloading)
+    scales = replace(layer("nf4"), component="transformer", weight_bytes=8_192, state_bytes=100_000)
+
+    def verdict(stays: int) -> Verdict:
+        seen = replace(observation(record(300_000, 300_000, stays={"transformer": stays})), layers=(scales,))
+        return memory.judge(Evidence(recipe, replace(seen, layers=(scales,)), limits, None, observation(RESIDENT)))
+
+    words = "transformer has not left the accelerator after the call"
+    assert (words in verdict(100_000).text) == (status == "failed")
+    failed_with(verdict(110_000), words)
+
+
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:
     verdict = judge(None, kind="cpu")
     assert verdict.status == "unverified"
