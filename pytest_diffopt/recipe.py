@@ -66,6 +66,9 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
+_ABOUT_THE_VERDICT = ("name", "contract", "known_faults")
+"""Fields that change nothing of what is observed."""
+
 ORDER = ("quantization", "offloading", "compilation")
 """In which a recipe's parts are applied to a pipeline, unless it says another."""
 
@@ -578,6 +581,25 @@ def _dynamo(value: Any) -> FrozenDict:
     return FrozenDict(settings)
 
 
+DOES_NOT_RUN = "run"
+"""The key of a known fault that ends the run of its recipe."""
+
+_FAULTY = (DOES_NOT_RUN, "engagement", "graph_breaks", "recompiles", "quantization", "memory", "parity", "state")
+
+
+def _known_faults(value: object) -> FrozenDict:
+    given = _frozen_table(value)
+    mistakes = [unknown_key((), key, _FAULTY) for key in given if key not in _FAULTY]
+    mistakes += [
+        Mistake((key,), shown(cause), "a part of what the verdict says, as a string that is not empty")
+        for key, cause in given.items()
+        if key in _FAULTY and not (isinstance(cause, str) and cause.strip())
+    ]
+    if mistakes:
+        raise Mistakes(mistakes)
+    return given
+
+
 def _order(value: object) -> tuple[str, ...]:
     parts = tuple(value) if isinstance(value, list | tuple) else ()
     if sorted(map(str, parts)) != sorted(ORDER):
@@ -605,6 +627,8 @@ class Recipe(Part):
         dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
         call: what is run.
         contract: limits; what it leaves open is derived from the parts.
+        known_faults: of libraries: check → a part of what its failed verdict says, or ``"run"`` → of the exception that
+            ends the run. A test item is then expected to fail, with that cause and no other.
         order: in which the parts are applied. Quantization that is not first is done in place, on the live modules.
 
     Raises:
@@ -627,6 +651,9 @@ class Recipe(Part):
     call: Call = Call()
     contract: Contract = Contract()
     order: Annotated[tuple[str, ...], PlainValidator(_order)] = ORDER
+    known_faults: Annotated[Mapping[str, str], PlainValidator(_known_faults)] = dataclasses.field(
+        default_factory=FrozenDict
+    )
 
     if TYPE_CHECKING:
 
@@ -642,6 +669,7 @@ class Recipe(Part):
             call: Call | Mapping[str, Any] = ...,
             contract: Contract | Mapping[str, Any] = ...,
             order: Sequence[str] = ...,
+            known_faults: Mapping[str, str] = ...,
         ) -> None: ...
 
     @field_validator("compilation")
@@ -677,12 +705,12 @@ class Recipe(Part):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, of everything that changes what is observed: all but the name and the contract.
+        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract and the known faults.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.
         """
-        observed = {field: value for field, value in self.given().items() if field not in ("name", "contract")}
+        observed = {field: value for field, value in self.given().items() if field not in _ABOUT_THE_VERDICT}
         return hashlib.sha256(content_of(observed).encode()).hexdigest()
 
     def without(self, *parts: str) -> Self:

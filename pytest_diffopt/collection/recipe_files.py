@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.checks.verdict import Verdict
+from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
@@ -84,9 +85,13 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         verdict, observation = self._judge()
+        reason = known_fault(self.recipe, verdict, observation)
+        verdict = against_known_faults(self.recipe, verdict, observation)
         self._write_down(verdict, observation)
         if observation is not None:
             self.ihook.pytest_diffopt_verdict(verdict=verdict, observation=observation)
+        if reason:
+            pytest.xfail(reason)
         if verdict.status == "failed" or (verdict.status == "unverified" and self.config.stash[SETTINGS].strict):
             raise VerdictFailure(verdict)
         if verdict.status == "unverified":

@@ -294,8 +294,14 @@ class MemoryRecord:
 
     @property
     def call_peak_bytes(self) -> int:
-        """The highest peak of any call."""
-        return max((call.peak_bytes for call in self.calls), default=0)
+        """The highest peak of any call, above what others held before."""
+        return max((call.peak_bytes for call in self.calls), default=self.before_bytes) - self.before_bytes
+
+    @property
+    def transferred_bytes(self) -> tuple[int, int] | None:
+        """(host to device, device to host) in the last own call; None where the device does not count that."""
+        own = [call for call in self.calls if not call.repeated and call.h2d_bytes is not None]
+        return (own[-1].h2d_bytes or 0, own[-1].d2h_bytes or 0) if own else None
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *,
         source: where the recipe stands, so that equal names in two files stay apart.
 
     Returns:
-        ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``peak_bytes``, ``graphs``, ``breaks``,
-        ``recompiles``, ``required_tolerance``, and ``statuses``: check → status.
+        ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``load_peak_bytes``, ``peak_bytes`` (of the calls),
+        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``graphs``, ``breaks``, ``recompiles``, ``required_tolerance``, and
+        ``statuses``: check → status.
     """
     recipe = observation.name if observation is not None else next((v.recipe for v in verdicts), "")
     required = (v.figures.get("required") for v in verdicts if v.check == "parity")
@@ -38,7 +39,10 @@ def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *,
         "source": source,
         "cold_seconds": None,
         "warm_seconds": None,
+        "load_peak_bytes": None,
         "peak_bytes": None,
+        "h2d_bytes": None,
+        "d2h_bytes": None,
         "graphs": None,
         "breaks": None,
         "recompiles": None,
@@ -50,11 +54,15 @@ def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *,
         row |= {
             "cold_seconds": calls[0].seconds if calls else None,
             "warm_seconds": calls[-1].seconds if len(calls) > 1 else None,
-            "peak_bytes": observation.peak_bytes,
+            "peak_bytes": observation.peak_bytes if calls else None,
             "graphs": observation.compiles.graphs,
             "breaks": len(observation.compiles.graph_breaks),
             "recompiles": len(observation.compiles.recompiles),
         }
+        if (memory := observation.memory) is not None:
+            row["load_peak_bytes"] = memory.load_peak_bytes - memory.before_bytes
+            if (transferred := memory.transferred_bytes) is not None:
+                row["h2d_bytes"], row["d2h_bytes"] = transferred
     return row
 
 
@@ -70,11 +78,11 @@ def merged(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     return list(found.values())
 
 
-_WORDS = ("failed", "unverified", "skipped", "passed")
+_WORDS = ("failed", "unverified", "skipped", "known", "passed")
 
 
 def verdict_text(statuses: Mapping[str, str]) -> str:
-    """All verdicts of a recipe in a few words, the worst first: ``"1 failed: recompiles, 5 passed"``."""
+    """All verdicts of a recipe in a few words, the worst first: ``"1 failed: recompiles, 1 known: memory, 5 passed"``."""
     parts = []
     for word in _WORDS:
         checks = [check for check, status in statuses.items() if status == word]
@@ -84,5 +92,5 @@ def verdict_text(statuses: Mapping[str, str]) -> str:
 
 
 def worst(statuses: Mapping[str, str]) -> str:
-    """The status that speaks for the recipe: one of failed, unverified, skipped, passed; ``""`` where there is none."""
+    """The status that speaks for the recipe: one of failed, unverified, skipped, known, passed; ``""`` where there is none."""
     return next((word for word in _WORDS if word in statuses.values()), "")

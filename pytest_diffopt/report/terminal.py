@@ -66,6 +66,8 @@ class RecipeReport:
         row = carried.get(ROW_PROPERTY) or {**row_of(None, source=about["source"]), "recipe": about["recipe"]}
         verdict = carried.get(VERDICT_PROPERTY)
         status = verdict["status"] if verdict else report.outcome
+        if hasattr(report, "wasxfail"):
+            status = "known"
         self.rows.append({**row, "statuses": {about["check"]: status}})
         if status == "unverified":
             self.unverified.append((about["recipe"], about["check"], verdict["sentence"] if verdict else ""))
@@ -106,20 +108,27 @@ def _latency(row: Row) -> str:
     return f"{_seconds(row['cold_seconds'])} / {_seconds(row['warm_seconds'])}"
 
 
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.1f}"
+
+
+def _peaks(row: Row) -> str:
+    return f"{_mebibytes(row['load_peak_bytes'])} / {_mebibytes(row['peak_bytes'])}"
+
+
+def _transfers(row: Row) -> str:
+    return f"{_mebibytes(row['h2d_bytes'])} / {_mebibytes(row['d2h_bytes'])}"
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
-_COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "passed": "green"}
+_COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "known": "cyan", "passed": "green"}
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("latency cold / warm (s)", _latency),
-    ("peak memory", lambda row: _bytes(row["peak_bytes"])),
+    ("peak memory load / call (MiB)", _peaks),
+    ("transfers in / out (MiB)", _transfers),
     ("graphs", lambda row: _number(row["graphs"])),
     ("breaks", lambda row: _number(row["breaks"])),
     ("recompiles", lambda row: _number(row["recompiles"])),
@@ -127,8 +136,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+_OF_MEMORY: dict[Callable[[Row], str], str] = {_peaks: "peak_bytes", _transfers: "h2d_bytes"}
+
+
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
-    """The table of recipes, a row each, in ``width`` columns. The peak has a column where it is known of any."""
+    """The table of recipes, a row each, in ``width`` columns. Memory has columns where it is known of any."""
     import io
 
     from rich import box
@@ -137,7 +149,9 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     from rich.text import Text
 
     names = [row["recipe"] for row in rows]
-    columns = [c for c in _COLUMNS if c[0] != "peak memory" or any(row["peak_bytes"] is not None for row in rows)]
+    columns = [
+        column for column in _COLUMNS if column[1] not in _OF_MEMORY or any(row[_OF_MEMORY[column[1]]] for row in rows)
+    ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("recipe", overflow="fold")
     for title, _ in columns:

@@ -423,3 +423,43 @@ with open("terminal.txt", "wb") as log:
     written = files.path.joinpath("terminal.txt").read_text(encoding="utf-8")
     assert "good · parity: it took long" in written
     assert ("compiling transformer … 1 s" in written) is shown
+
+
+def test_known_faults_are_expected_with_their_cause_and_told_when_mended(
+    run_pytest: RunPytest, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        factories="""
+        import torch
+
+        class Raises(torch.nn.Linear):
+            def forward(self, x):
+                raise RuntimeError("no data")
+
+        def raises():
+            return Raises(4, 4)
+
+        def healthy():
+            return torch.nn.Linear(4, 4)
+
+        def inputs(k):
+            return {"input": torch.ones(2, 4) * k}
+        """
+    )
+    table = '[recipe.{0}]\npipeline = "factories:{1}"\ncall = {{ inputs = "factories:inputs" }}\nknown_faults = {2}\n'
+    rows = [
+        ("expected", "raises", '{ run = "no data" }'),
+        ("other", "raises", '{ run = "out of memory" }'),
+        ("mended", "healthy", '{ parity = "differs" }'),
+    ]
+    pytester.makefile(".recipes.toml", known="".join(table.format(*row) for row in rows))
+    result = run_pytest("-rx", "--diffopt-device=cpu")
+    assert result.parseoutcomes() == {"xfailed": 2, "failed": 3, "passed": 1}
+    result.stdout.fnmatch_lines(
+        [
+            "*known_faults.run expects 'out of memory', which this is not",
+            "mended · parity: the check passes, though known_faults.parity expects 'differs'",
+            "expected *2 known: parity state*",
+            "XFAIL known.recipes.toml::expected::parity - *known fault: no data",
+        ]
+    )

@@ -177,7 +177,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         ),
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
-            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order"
+            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults"
         ),
     ]
 
@@ -193,10 +193,10 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijk") == [
+    assert mistakes(Recipe, *"abcdefghijkl") == [
         (
-            "Recipe: found 11 positional arguments; it takes 10: "
-            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order"
+            "Recipe: found 12 positional arguments; it takes 11: "
+            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]

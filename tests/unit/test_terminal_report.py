@@ -63,7 +63,10 @@ def test_a_row_has_the_figures_of_its_observation() -> None:
         "source": "",
         "cold_seconds": 12.34,
         "warm_seconds": 0.5,
+        "load_peak_bytes": 0,
         "peak_bytes": 2**20,
+        "h2d_bytes": None,
+        "d2h_bytes": None,
         "graphs": 2,
         "breaks": 1,
         "recompiles": 1,
@@ -112,7 +115,7 @@ def test_the_peak_has_a_column_where_it_is_known_of_any() -> None:
     header, _, first, second = table_lines(rows, width=160, color=False)
     assert "peak memory" in header
     assert first.split()[4] == "-"
-    assert "3.00 GiB" in second
+    assert "0.0 / 3072.0" in second
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
