@@ -433,7 +433,7 @@ def test_known_faults_are_expected_with_their_cause_and_told_when_mended(
         import torch
 
         class Raises(torch.nn.Linear):
-            def forward(self, x):
+            def forward(self, input):
                 raise RuntimeError("no data")
 
         def raises():
