@@ -28,7 +28,7 @@ STRAY_SHARE, STRAY_BYTES = 0.001, 4096
 """Of offloaded weights may stay, and bytes that always may: code tables, a scheduler's numbers, buffers."""
 
 CACHED_SHARE = 0.02
-"""Of resident weights a pipeline may keep beside them: masks, positions, embeddings of a prompt."""
+"""Of resident weights a pipeline may keep beside them: masks, positions, embeddings of a prompt, a scheduler's steps."""
 
 SMALLEST_BLOCK = 32
 """Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
@@ -226,7 +226,10 @@ def _may_stay(given: Evidence) -> int:
     """Bytes that may lie on the accelerator beside the weights after a call."""
     total = sum(record.own_bytes for record in given.observation.components)
     if given.recipe.offloading is not None:
-        return stray(total)
+        # what a scheduler remembers of its steps stays with offloading and without: offloading never promised to move it
+        without = given.resident.memory if given.resident is not None else None
+        kept = left_behind(without) if without is not None and without.calls else 0
+        return stray(total) + min(kept, int(CACHED_SHARE * total))
     # a dense copy is as large as its layer at least; smaller things a pipeline may well keep
     dense = max((2 * layer.parameters for layer in given.observation.layers if layer.format), default=0)
     return max(int(CACHED_SHARE * total), int(0.9 * dense), STRAY_BYTES)

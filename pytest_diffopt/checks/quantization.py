@@ -131,7 +131,7 @@ def _wrong_dtypes(given: Evidence) -> list[str]:
             continue
         record = given.component(other.component)
         kept = record.kept_float32 if record is not None else ()
-        plain = [n for n in other.examples if not any(is_named(n.rpartition(".")[0], k) for k in kept)]
+        plain = [n for n in other.examples if not any(is_named(n, k) for k in kept)]
         if plain:
             problems.append(
                 f"{counted(len(plain), 'parameter')} of {other.component} in {other.dtype}, "

@@ -444,6 +444,7 @@ class _Run:
             drawn = original(*args, **kwargs)
             parts = list(drawn) if isinstance(drawn, tuple) else [drawn]
             if not replay:
+                # on the host: a copy on the accelerator would count as what the call left there
                 self.starting_noise[self.watch.call] = [
                     part.detach().to("cpu", copy=True) if isinstance(part, torch.Tensor) else part for part in parts
                 ]

@@ -81,6 +81,8 @@ def quantize_in_place(
 ) -> None:
     """Quantize the Linear layers of live modules: what a factory returned has no files to load through a quantizer.
 
+    Layers that a model's class keeps in float32 stay plain, as the libraries' own loading leaves them.
+
     Raises:
         PreparationError: a component is not there.
     """
@@ -95,10 +97,11 @@ def quantize_in_place(
             raise PreparationError(
                 f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
             )
+        kept = kept_float32(components[name])
         for path, layer in list(components[name].named_modules()):
             if not isinstance(layer, torch.nn.Linear) or is_quantized_class(layer):
                 continue
-            if any(is_named(path, skip) for skip in skipped):
+            if any(is_named(path, skip) for skip in (*skipped, *kept)):
                 continue
             new: Any
             if quantization.backend == "bitsandbytes_4bit":

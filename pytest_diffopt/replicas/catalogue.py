@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pytest_diffopt.errors import ReplicaError
-from pytest_diffopt.replicas import flux, stable_diffusion
+from pytest_diffopt.replicas import flux, stable_diffusion, wan
 from pytest_diffopt.replicas.family import Family
 
 
@@ -43,5 +43,5 @@ class Registry:
         return next((family for family in families if family.canonical(name_or_hub_id) is not None), None)
 
 
-registry = Registry(flux.FAMILY, stable_diffusion.FAMILY)
+registry = Registry(flux.FAMILY, stable_diffusion.FAMILY, wan.FAMILY)
 """The families that recipes and pages resolve to."""

@@ -50,7 +50,7 @@ class Family:
         hub_ids: public ids (``"org/name"``) that resolve to it, in any case.
         components: names of its components that are a ``torch.nn.Module``; a recipe is checked against them unbuilt.
         pipeline_class: name of the pipeline's class, e.g. ``"FluxPipeline"``.
-        default_size: (height, width) in pixels of an image that it makes in a moment.
+        default_size: (height, width) in pixels of an image that it makes in a moment; of a video (height, width, frames).
         build: takes one of ``hub_ids``, in the registered case, or None for the family's own default; returns the
             pipeline on the CPU in float32, bitwise the same in every call.
         sources: files besides the builder's own whose change must rebuild a cached replica.
@@ -64,7 +64,7 @@ class Family:
     hub_ids: tuple[str, ...]
     components: tuple[str, ...]
     pipeline_class: str
-    default_size: tuple[int, int]
+    default_size: tuple[int, int] | tuple[int, int, int]
     build: Callable[[str | None], Any]
     sources: tuple[str | os.PathLike[str], ...] = ()
     notes: str = ""
@@ -75,8 +75,11 @@ class Family:
         for hub_id in self.hub_ids:
             if hub_id.count("/") != 1 or not all(hub_id.split("/")):
                 raise ReplicaError(f"{self.name}: a hub id is written 'org/name'; found {hub_id!r}.")
-        if len(self.default_size) != 2 or min(self.default_size) < 1:
-            raise ReplicaError(f"{self.name}: default_size is (height, width) in pixels; found {self.default_size!r}.")
+        if len(self.default_size) not in (2, 3) or min(self.default_size) < 1:
+            raise ReplicaError(
+                f"{self.name}: default_size is (height, width) in pixels, or (height, width, frames); "
+                f"found {self.default_size!r}."
+            )
 
     @property
     def repository(self) -> str:

@@ -41,8 +41,8 @@ def randomize(module: torch.nn.Module, *, seed: int = 0, gains: Mapping[str, flo
     """Give every parameter of ``module`` a random value, in place.
 
     Matrices and convolutions are normal with a deviation of ``gain / sqrt(inputs)``; embeddings normal with deviation
-    ``gain``; other vectors (scales of norms, biases) move by a tenth from where they stand. A parameter's values depend
-    on ``seed`` and its name alone, so a block that is added or taken away leaves the others as they are.
+    ``gain``; other vectors (scales of norms in any shape, biases) move by a tenth from where they stand. A parameter's
+    values depend on ``seed`` and its name alone, so a block that is added or taken away leaves the others as they are.
 
     Args:
         module: on the CPU; its parameters' dtypes are kept.
@@ -59,7 +59,7 @@ def randomize(module: torch.nn.Module, *, seed: int = 0, gains: Mapping[str, flo
             gain = next((gain for pattern, gain in (gains or {}).items() if fnmatchcase(name, pattern)), 1.0)
             if id(parameter) in embeddings:
                 parameter.copy_(noise * gain)
-            elif parameter.dim() >= 2:
+            elif parameter.dim() >= 2 and parameter[0].numel() > 1:
                 parameter.copy_(noise * (gain / math.sqrt(parameter[0].numel())))
             else:
                 parameter.add_((noise * 0.1).to(parameter.dtype))

@@ -34,16 +34,30 @@ def t5_encoder(width: int = 256) -> Any:
     Keeps the weights that transformers draws from the global generator: they allow for T5's unscaled attention.
     """
     transformers = import_module("transformers")
-    config = transformers.T5Config(
-        vocab_size=tokenizers.t5_vocabulary_size(),
-        d_model=width,
-        d_kv=width // 2,
-        d_ff=4 * width,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    encoder = transformers.T5EncoderModel(config)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**_t5_settings(width)))
+    return _with_silent_padding(encoder)
+
+
+def umt5_encoder(width: int = 256) -> Any:
+    """A ``UMT5EncoderModel``, as :func:`t5_encoder`; each of its two layers has a table of relative positions."""
+    transformers = import_module("transformers")
+    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**_t5_settings(width)))
+    return _with_silent_padding(encoder)
+
+
+def _t5_settings(width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": tokenizers.t5_vocabulary_size(),
+        "d_model": width,
+        "d_kv": width // 2,
+        "d_ff": 4 * width,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _with_silent_padding(encoder: Any) -> Any:
     # Most of a prompt's 512 tokens are padding: with nothing of its own, it carries what it attends to, the prompt.
-    encoder.shared.weight.data[config.pad_token_id] = 0
+    encoder.shared.weight.data[encoder.config.pad_token_id] = 0
     return encoder.eval()

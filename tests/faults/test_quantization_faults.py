@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Call, Quantization
+from pytest_diffopt import Call, Quantization, Recipe, observe
 
-from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass
+from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass, inputs
 
 NF4 = Quantization("bitsandbytes_4bit", components=["model"], kwargs={"bnb_4bit_quant_type": "nf4"})
 INT8 = Quantization("bitsandbytes_8bit", components=["model"])
@@ -109,6 +109,27 @@ def test_another_dtype_than_promised_for_the_rest_is_named(judge: Judge) -> None
     assert "of model in float32, not bfloat16" in verdict.sentence
 
 
+@pytest.mark.parametrize("kept", ["table", "other"])
+def test_a_parameter_that_its_class_keeps_in_float32_is_no_fault_and_another_is(judge: Judge, kept: str) -> None:
+    class Kept(Healthy):
+        _keep_in_fp32_modules: ClassVar = [kept]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = four_bit(), four_bit()  # type: ignore[assignment]
+            self.to(torch.bfloat16)
+            self.table = nn.Parameter(torch.ones(1, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * self.table.to(x.dtype))
+
+    verdict = judged(judge, Kept, dtype="bfloat16")
+    if kept == "table":
+        assert verdict.status == "passed", verdict.text
+    else:
+        assert verdict.sentence == "1 parameter of model in float32, not bfloat16 (table)"
+
+
 def test_a_layer_in_the_skip_list_may_stay_plain_and_must(judge: Judge) -> None:
     skipping = Quantization(
         "bitsandbytes_4bit", components=["model"], kwargs={"bnb_4bit_quant_type": "nf4"}, skip_modules=["second"]
@@ -128,6 +149,15 @@ def test_what_a_factory_quantized_itself_passes(judge: Judge) -> None:
 def test_a_plain_model_from_a_factory_is_quantized_in_place(judge: Judge, quantization: Quantization) -> None:
     verdicts = judge(Healthy, quantization=quantization, compiled=False, dtype="bfloat16")
     assert_all_pass(verdicts)
+
+
+def test_a_layer_that_its_class_keeps_in_float32_is_not_quantized_in_place() -> None:
+    class Kept(Healthy):
+        _keep_in_fp32_modules: ClassVar = ["first"]
+
+    recipe = Recipe("kept", pipeline=Kept, quantization=NF4, call=Call(inputs=inputs()))
+    layers = {layer.path: layer.format for layer in observe(recipe, accelerator="cpu", precise=False).layers}
+    assert layers == {"first": "", "second": "nf4"}
 
 
 def test_quantized_and_compiled_together_pass(judge: Judge) -> None:

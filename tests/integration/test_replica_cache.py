@@ -243,12 +243,14 @@ def load(name: str, **kwargs: Any) -> Any:
 
 def run(pipeline: Any, prompt: str = "a photo of a cat") -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    output = pipeline(prompt, height=96, width=96, num_inference_steps=2, generator=generator, output_type="pt")
-    images: torch.Tensor = output.images.float()
+    arguments: dict[str, Any] = {"height": 96, "width": 96, "num_inference_steps": 2, "output_type": "pt"}
+    if type(pipeline).__name__ == "WanPipeline":
+        arguments["num_frames"] = 5
+    images: torch.Tensor = pipeline(prompt, generator=generator, **arguments)[0].float()
     return images
 
 
-@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd"])
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd", "tiny-wan"])
 def test_what_is_loaded_is_bitwise_what_was_built(name: str) -> None:
     built = families()[name].build(None)
     built.set_progress_bar_config(disable=True)
@@ -273,8 +275,25 @@ def test_a_replica_loads_and_runs_in_bfloat16(name: str) -> None:
     assert image.std() > 0.05
 
 
-@pytest.mark.parametrize(("name", "component"), [("tiny-flux", "transformer"), ("tiny-sd", "unet")])
-def test_the_repeated_blocks_of_a_replica_compile_without_breaks(name: str, component: str) -> None:
+def test_wan_loads_in_bfloat16_but_for_what_its_class_keeps_in_float32() -> None:
+    pipeline = load("tiny-wan", dtype=torch.bfloat16)
+    wide = {
+        f"{c}.{n}" for c, m in modules(pipeline).items() for n, p in m.named_parameters() if p.dtype != torch.bfloat16
+    }
+    kept = pipeline.transformer._keep_in_fp32_modules
+    names = [name for name, _ in pipeline.transformer.named_parameters()]
+    assert wide == {f"transformer.{name}" for name in names if set(name.split(".")) & set(kept)}
+    assert {"transformer.scale_shift_table", "transformer.condition_embedder.time_embedder.linear_1.weight"} < wide
+    video = run(pipeline)
+    assert torch.isfinite(video).all()
+    assert video.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "graphs"),
+    [("tiny-flux", "transformer", 2), ("tiny-sd", "unet", 2), ("tiny-wan", "transformer", 1)],
+)
+def test_the_repeated_blocks_of_a_replica_compile_without_breaks(name: str, component: str, graphs: int) -> None:
     from torch._dynamo.utils import counters
 
     pipeline = load(name)
@@ -284,7 +303,7 @@ def test_the_repeated_blocks_of_a_replica_compile_without_breaks(name: str, comp
     try:
         getattr(pipeline, component).compile_repeated_blocks(fullgraph=True, backend="eager")
         compiled = run(pipeline)
-        assert counters["stats"]["unique_graphs"] >= 2
+        assert counters["stats"]["unique_graphs"] >= graphs
         assert not counters["graph_break"]
     finally:
         torch._dynamo.reset()
@@ -314,8 +333,14 @@ def test_the_repeated_blocks_of_a_replica_compile_without_breaks(name: str, comp
             {f"text_encoder_2.encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)},
         ),
         ("tiny-sd", ["unet", "text_encoder"], set()),
+        (
+            "tiny-wan",
+            ["transformer", "text_encoder"],
+            {f"text_encoder.encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)}
+            | {f"transformer.condition_embedder.time_embedder.linear_{i}" for i in (1, 2)},
+        ),
     ],
-    ids=["tiny-flux", "tiny-sd"],
+    ids=["tiny-flux", "tiny-sd", "tiny-wan"],
 )
 def test_a_replica_loads_quantized_by_bitsandbytes_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
@@ -351,25 +376,35 @@ def test_a_replica_loads_quantized_by_bitsandbytes_on_the_cpu(
 
 def test_a_fresh_process_finds_replicas_under_public_ids_with_no_patch(tmp_path: Path) -> None:
     environment = hub_cache_environment(
-        [flux.DEV, "black-forest-labs/flux.1-SCHNELL", "runwayml/stable-diffusion-v1-5"]
+        [
+            flux.DEV,
+            "black-forest-labs/flux.1-SCHNELL",
+            "runwayml/stable-diffusion-v1-5",
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        ]
     )
     assert environment == {"HF_HUB_CACHE": str(hub_directory()), "HF_HUB_OFFLINE": "1"}
     code = """
 import json, torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
-from transformers import T5EncoderModel
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, FluxPipeline
+from transformers import T5EncoderModel, UMT5EncoderModel
 dev = DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
 schnell = FluxPipeline.from_pretrained("black-forest-labs/flux.1-SCHNELL")
 vae = AutoencoderKL.from_pretrained("runwayml/stable-diffusion-v1-5", subfolder="vae")
 t5 = T5EncoderModel.from_pretrained("black-forest-labs/FLUX.1-dev", subfolder="text_encoder_2")
+video = AutoencoderKLWan.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="vae", dtype=torch.float32)
+wan = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", vae=video, dtype=torch.bfloat16)
 try:
     DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.2-dev")
 except OSError as error:
     missing = "FLUX.2-dev" in str(error)
 print(json.dumps([type(dev).__name__, str(dev.transformer.dtype), dev.transformer.config.guidance_embeds,
-    schnell.transformer.config.guidance_embeds, vae.config.latent_channels, t5.config.d_model, missing]))
+    schnell.transformer.config.guidance_embeds, vae.config.latent_channels, t5.config.d_model, type(wan).__name__,
+    str(wan.vae.dtype), isinstance(wan.text_encoder, UMT5EncoderModel), type(wan.scheduler).__name__, missing]))
 """
     process = start(code, tmp_path, **environment)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert json.loads(stdout) == ["FluxPipeline", "torch.bfloat16", True, False, 4, 256, True]
+    found = json.loads(stdout)
+    assert found[:6] == ["FluxPipeline", "torch.bfloat16", True, False, 4, 256]
+    assert found[6:] == ["WanPipeline", "torch.float32", True, "UniPCMultistepScheduler", True]

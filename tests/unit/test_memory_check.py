@@ -118,6 +118,18 @@ def test_a_state_object_that_keeps_a_weight_alive_is_found_though_every_paramete
     assert judge(record(860_000, 860_000, 860_000, left=252)).status == "passed"
 
 
+@pytest.mark.parametrize(("without", "left", "status"), [(12_000, 12_000, "passed"), (0, 12_000, "failed")])
+def test_what_stays_without_offloading_too_is_no_fault_of_offloading(without: int, left: int, status: str) -> None:
+    resident = observation(record(1_060_000, 1_050_000, 1_050_000, stays=SIZES, left=without))
+    assert judge(record(860_000, 860_000, 860_000, left=left), resident=resident).status == status
+
+
+def test_a_pipeline_that_keeps_much_without_offloading_too_may_not_keep_it_all() -> None:
+    resident = observation(record(1_060_000, 1_050_000, 1_050_000, stays=SIZES, left=400_000))
+    verdict = judge(record(860_000, 860_000, 860_000, left=400_000), resident=resident)
+    failed_with(verdict, "390.62 KiB stay on the accelerator after the call, though every parameter has left")
+
+
 def test_growth_over_calls_is_found() -> None:
     verdict = judge(record(860_000, 860_000, 860_000, grown=(600, 1_200, 1_800, 2_400)))
     failed_with(verdict, "memory grows by 600 B a call, over 4 repeated calls")

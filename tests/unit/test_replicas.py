@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -26,13 +27,14 @@ from pytest_diffopt.replicas import (
     resolve,
     stable_diffusion,
     tokenizers,
+    wan,
 )
 from pytest_diffopt.replicas.initialization import randomize, reproducible
 
-BUILDS = [(flux.FAMILY, flux.DEV), (flux.FAMILY, flux.SCHNELL), (stable_diffusion.FAMILY, None)]
+BUILDS = [(flux.FAMILY, flux.DEV), (flux.FAMILY, flux.SCHNELL), (stable_diffusion.FAMILY, None), (wan.FAMILY, None)]
 
-# Components' Linears whose outputs are no multiple of 128. None is needed by these architectures.
-NARROW_OUTPUTS: set[str] = set()
+# Components' Linears whose outputs are no multiple of 128: Wan's patches of 2 x 2 pixels of 16 channels, as in public.
+NARROW_OUTPUTS = {"tiny-wan": {"transformer.proj_out"}}
 
 
 def family(name: str = "tiny-mine", hub_ids: tuple[str, ...] = ("my-org/my-model",), **changes: Any) -> Family:
@@ -60,12 +62,16 @@ def modules(pipeline: Any) -> dict[str, torch.nn.Module]:
 
 
 def run(made: Family, pipeline: Any, prompt: str = "a photo of a cat", seed: int = 0, **kwargs: Any) -> torch.Tensor:
-    height, width = made.default_size
+    size = dict(zip(("height", "width", "num_frames"), made.default_size, strict=False))
     generator = torch.Generator("cpu").manual_seed(seed)
-    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", **kwargs}
-    output = pipeline(prompt, height=height, width=width, generator=generator, **arguments)
-    images: torch.Tensor = output.images.float()
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", **size, **kwargs}
+    images: torch.Tensor = pipeline(prompt, generator=generator, **arguments)[0].float()
     return images
+
+
+def shape(height: int, width: int, *frames: int) -> tuple[int, ...]:
+    """Of one image, or of one video."""
+    return (1, *frames, 3, height, width)
 
 
 def change(of: torch.Tensor, against: torch.Tensor) -> float:
@@ -97,16 +103,20 @@ def test_every_linear_has_sizes_that_quantization_backends_take(built: tuple[Fam
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    assert len(linears) > 50
+    assert len(linears) >= 50
     assert {name: layer.in_features for name, layer in linears.items() if layer.in_features % 128} == {}
-    assert {name for name, layer in linears.items() if layer.out_features % 128} == NARROW_OUTPUTS
+    narrow = {name for name, layer in linears.items() if layer.out_features % 128}
+    assert narrow == NARROW_OUTPUTS.get(built[0].name, set())
 
 
 def test_no_parameter_is_constant(built: tuple[Family, Any]) -> None:
     parameters = {f"{c}.{n}": p for c, m in modules(built[1]).items() for n, p in m.named_parameters()}
     # T5's own initialization starts the scales of its norms at one, and leaves no other constant.
+    t5 = tuple(
+        f"{c}." for c, m in modules(built[1]).items() if type(m).__name__ in ("T5EncoderModel", "UMT5EncoderModel")
+    )
     constant = {name for name, p in parameters.items() if p.numel() > 1 and p.min() == p.max()}
-    assert {name for name in constant if not (name.startswith("text_encoder_2.") and "layer_norm" in name)} == set()
+    assert {name for name in constant if not (name.startswith(t5) and "layer_norm" in name)} == set()
 
 
 @pytest.mark.parametrize(("made", "hub_id"), BUILDS, ids=lambda value: str(getattr(value, "name", value)))
@@ -127,14 +137,14 @@ def test_an_image_is_alive_and_changes_with_prompt_and_seed(built: tuple[Family,
     try:
         pipeline.to(dtype)
         image = run(made, pipeline)
-        predicted = outputs[0]
-        other_prompt, other_predicted = run(made, pipeline, "a photo of a dog"), outputs[2]
+        predicted, steps = outputs[0], len(outputs)
+        other_prompt, other_predicted = run(made, pipeline, "a photo of a dog"), outputs[steps]
         other_seed = run(made, pipeline, seed=1)
         again = run(made, pipeline)
     finally:
         hook.remove()
         pipeline.to(torch.float32)
-    assert image.shape == (1, 3, *made.default_size)
+    assert image.shape == shape(*made.default_size)
     assert torch.isfinite(image).all()
     assert image.std() > 0.05
     assert ((image <= 0) | (image >= 1)).float().mean() < 0.05  # else saturated: differences would be clipped away
@@ -155,10 +165,38 @@ def test_bfloat16_stays_near_float32_so_that_parity_can_see_faults(built: tuple[
 
 
 def test_one_step_and_a_size_that_is_not_square_work(built: tuple[Family, Any]) -> None:
-    _, pipeline = built
-    generator = torch.Generator("cpu").manual_seed(0)
-    arguments = {"height": 64, "width": 112, "num_inference_steps": 1, "output_type": "pt", "generator": generator}
-    assert pipeline("a cat", **arguments).images.shape == (1, 3, 64, 112)
+    made, pipeline = built
+    size = (64, 112, 9)[: len(made.default_size)]
+    arguments = dict(zip(("height", "width", "num_frames"), size, strict=False))
+    assert run(made, pipeline, num_inference_steps=1, **arguments).shape == shape(*size)
+
+
+def test_the_frames_of_a_video_differ_and_a_longer_one_goes_on_to_the_largest_size() -> None:
+    pipeline = wan.build()
+    pipeline.set_progress_bar_config(disable=True)
+    frames = run(wan.FAMILY, pipeline)[0]
+    assert min(change(after, before) for before, after in itertools.pairwise(frames)) > 1e-2
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    latents = run(wan.FAMILY, pipeline, height=512, width=16, num_frames=125, **arguments)
+    assert latents.shape == (1, 16, 32, 64, 2)
+    assert torch.isfinite(latents).all()
+
+
+def test_group_offloading_finds_several_blocks_in_wan() -> None:
+    pipeline = wan.build()
+    assert len(pipeline.transformer.blocks) == 3
+    assert len(pipeline.text_encoder.encoder.block) == 2
+
+
+def test_the_tables_of_wan_that_stay_on_a_device_weigh_little_beside_its_weights() -> None:
+    transformer = wan.build().transformer
+    stays = sum(buffer.nbytes for buffer in transformer.buffers())
+    assert 0 < stays < 0.01 * sum(parameter.nbytes for parameter in transformer.parameters())
+
+
+def test_wan_is_built_for_both_public_ids_alike() -> None:
+    small, large = (modules(wan.build(hub_id))["transformer"].state_dict() for hub_id in wan.FAMILY.hub_ids)
+    assert [name for name in small if not torch.equal(small[name], large[name])] == []
 
 
 def test_each_text_encoder_of_flux_changes_the_image_alone() -> None:
@@ -223,6 +261,14 @@ def test_random_values_of_a_parameter_do_not_depend_on_the_other_parameters() ->
     assert alone.weight.std().item() == pytest.approx(2 / 8**0.5, rel=0.3)
 
 
+def test_the_scale_of_a_norm_stays_near_one_however_many_dimensions_it_has() -> None:
+    norm = torch.nn.Module()
+    norm.gamma = torch.nn.Parameter(torch.ones(512, 1, 1, 1))
+    randomize(norm)
+    assert norm.gamma.mean().item() == pytest.approx(1, abs=0.03)
+    assert norm.gamma.std().item() == pytest.approx(0.1, rel=0.2)
+
+
 def test_clip_encodes_any_text_and_ends_with_its_highest_token() -> None:
     tokenizer = tokenizers.clip_tokenizer()
     ids = tokenizer("A photo, 42 Katzen: süß 猫!").input_ids
@@ -281,7 +327,14 @@ def test_a_name_or_hub_id_that_is_taken_is_refused(second: Family, sentence: str
     [
         ({"name": "org/tiny"}, "A family's name is a word without a slash, such as 'tiny-flux'; found 'org/tiny'."),
         ({"hub_ids": ("flux",)}, "tiny-mine: a hub id is written 'org/name'; found 'flux'."),
-        ({"default_size": (0, 8)}, "tiny-mine: default_size is (height, width) in pixels; found (0, 8)."),
+        (
+            {"default_size": (0, 8)},
+            "tiny-mine: default_size is (height, width) in pixels, or (height, width, frames); found (0, 8).",
+        ),
+        (
+            {"default_size": (8, 8, 5, 1)},
+            "tiny-mine: default_size is (height, width) in pixels, or (height, width, frames); found (8, 8, 5, 1).",
+        ),
     ],
 )
 def test_a_family_that_cannot_be_is_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -291,7 +344,8 @@ def test_a_family_that_cannot_be_is_refused(changes: dict[str, Any], sentence: s
 
 
 def test_the_default_registry_knows_the_built_in_families() -> None:
-    assert set(families()) >= {"tiny-flux", "tiny-sd"}
+    assert set(families()) >= {"tiny-flux", "tiny-sd", "tiny-wan"}
+    assert known("wan-ai/wan2.1-t2v-14B-diffusers")
     assert known("tiny-flux")
     assert known("compvis/Stable-Diffusion-v1-4")
     assert not known("black-forest-labs/FLUX.2-dev")
