@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "flux.recipes.toml"
+EXAMPLE = ROOT / "examples" / "quantize-compile-offload.recipes.toml"
 
 
 @dataclass(frozen=True)

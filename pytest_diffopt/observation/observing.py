@@ -357,8 +357,12 @@ class _Run:
         """Write down layers whose format a call changed: swapped, or dequantized."""
         before = {(layer.component, layer.path): layer for layer in self.layers}
         for name, module in prepared.components.items():
-            for layer in manifest(name, compilation.original_module(module))[0]:
+            root = compilation.original_module(module)
+            for layer in manifest(name, root)[0]:
                 earlier = before.get((layer.component, layer.path))
+                weight = getattr(root.get_submodule(layer.path), "weight", None)
+                if getattr(weight, "is_meta", False):
+                    continue  # sequential offloading took it away: what it holds is elsewhere
                 if earlier is None or earlier.format != layer.format:
                     self.layers_after.append(layer)
 

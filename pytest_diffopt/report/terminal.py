@@ -19,6 +19,9 @@ from pytest_diffopt.report.rows import (
     worst,
 )
 
+_NAME_WIDTH = 32
+"""Columns that a recipe's name gets before the titles of other columns do."""
+
 _LOG_WIDTH = 160
 """Columns of a table that goes to no terminal: a log does not wrap, and a file's reader scrolls."""
 
@@ -153,7 +156,8 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
         column for column in _COLUMNS if column[1] not in _OF_MEMORY or any(row[_OF_MEMORY[column[1]]] for row in rows)
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("recipe", overflow="fold")
+    longest = max((len(row["recipe"]) for row in rows), default=0)
+    table.add_column("recipe", overflow="fold", min_width=min(longest, _NAME_WIDTH))
     for title, _ in columns:
         table.add_column(title, justify="right")
     table.add_column("verdict", overflow="fold")

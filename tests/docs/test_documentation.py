@@ -84,7 +84,7 @@ def test_the_readmes_commands_are_those_of_tox_and_of_ci() -> None:
     assert [command.rpartition(".venv/bin/")[2] for command in commands] == list(COMMANDS)
     assert commands[1] in ci
     assert all(command.rpartition(" ")[2] + " = installed" in labels for command in COMMANDS)
-    assert "examples/flux.recipes.toml" in readme
+    assert "examples/quantize-compile-offload.recipes.toml" in readme
 
 
 def test_links_between_pages_lead_somewhere() -> None:
