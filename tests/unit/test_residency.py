@@ -164,6 +164,6 @@ def test_what_a_run_held_goes_to_json_and_back() -> None:
     from pytest_diffopt.observation.observation import MemoryRecord
 
     events, marks, _ = long_run(30)
-    record = MemoryRecord(50, 60, 60, (), attribute(events, marks, 50))
+    record = MemoryRecord(50, 60, 60, residency=attribute(events, marks, 50))
     seen = Observation({"name": "r"}, "hash", "sim", "sim", {}, memory=record)
     assert Observation.from_json(seen.to_json()) == seen
