@@ -199,7 +199,7 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
             rows.append(list(now))
     rows = [row + [0] * (len(columns) - len(row)) for row in rows]  # who came later held nothing before
     # weights below, what works with them above, and what nobody of the pipeline holds on top
-    order = sorted(columns, key=lambda owner: (_ORDER.index(owner.kind), columns[owner]))
+    order = sorted(columns, key=lambda owner: (_ORDER.index(owner.kind), owner.component))
     order = [owner for owner in order if any(row[columns[owner]] for row in rows)]
     phases = []
     for (name, first, last), peak in zip(spans, peaks, strict=True):

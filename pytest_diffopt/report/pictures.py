@@ -26,6 +26,7 @@ _STYLE = """
 .residency .title { font-size: 16px; font-weight: 600; }
 .residency .quiet { fill: #59636e; }
 .residency .page { fill: #ffffff; }
+.residency .over { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round; }
 .residency .grid { stroke: #d1d9e0; }
 .residency .phase { stroke: #818b98; stroke-dasharray: 3 3; }
 .residency .mark { fill: #ffffff; stroke: #1f2328; stroke-width: 2; }
@@ -33,6 +34,7 @@ _STYLE = """
 .residency text { fill: #f0f6fc; }
 .residency .quiet { fill: #9198a1; }
 .residency .page { fill: #0d1117; }
+.residency .over { stroke: #0d1117; }
 .residency .grid { stroke: #3d444d; }
 .residency .phase { stroke: #656c76; }
 .residency .mark { fill: #0d1117; stroke: #f0f6fc; }
@@ -73,7 +75,7 @@ def residency_svg(residency: Residency, title: str) -> str:
         anchor = "start" if x < _LEFT + 100 else "end" if x > plot.right - 100 else "middle"
         label = _short(" ".join(filter(None, (human(peak.peak_bytes), peak.operation))), 36)
         lines.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        lines.append(f'<text x="{x:.1f}" y="{y - 9:.1f}" text-anchor="{anchor}">{_text(label)}</text>')
+        lines.append(f'<text class="over" x="{x:.1f}" y="{y - 9:.1f}" text-anchor="{anchor}">{_text(label)}</text>')
     lines += _legend(residency.owners, colours, at_peak)
     return "\n".join([*lines, "</svg>", ""])
 
@@ -179,7 +181,7 @@ def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
 
 def _colours(owners: Sequence[Owner]) -> dict[Owner, tuple[str, float]]:
     """Owner → (colour, opacity): one hue a component."""
-    components = list(dict.fromkeys(owner.component for owner in owners if owner.component))
+    components = sorted({owner.component for owner in owners if owner.component})  # so that pictures agree
     hues = {component: _HUES[at % len(_HUES)] for at, component in enumerate(components)}
     return {
         owner: (
