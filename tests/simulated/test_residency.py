@@ -73,6 +73,24 @@ class KeepsAWeight(Leaves):
         self.kept = self.encoder.layers[0].weight.data
 
 
+class MadeThere(Pipeline):
+    """The encoder's weights are made on the device for its call, copied from nowhere, and dropped after it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kept = {parameter: parameter.data for parameter in self.encoder.parameters()}
+        for parameter in kept:
+            parameter.data = torch.ones(parameter.shape, device="sim")
+        handle = self.encoder.register_forward_hook(lambda *_: self._drop(kept))
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    def _drop(self, kept: dict[Any, torch.Tensor]) -> None:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
 class RaisesInside(Pipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         super().__call__(*args, **kwargs)
@@ -149,6 +167,11 @@ def test_a_weight_that_is_kept_alive_beside_the_parameters_is_named() -> None:
     memory, residency = memory_of(watched(KeepsAWeight))
     assert memory.calls[-1].residency == healthy.calls[-1].residency == {"encoder": 0, "denoiser": 0}
     assert residency.at(residency.phases[-1].last)[ENCODER] == 4 * 32 * 16
+
+
+def test_a_weight_that_is_there_for_one_call_of_its_component_only_is_seen_when_that_ends() -> None:
+    _, residency = memory_of(watched(MadeThere))
+    assert highest(residency, ENCODER, "call 0") == 2 * 2 * 4 * 32 * 16  # beside those that wait on the device
 
 
 def test_a_run_that_ends_in_an_exception_tells_what_it_held() -> None:
