@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.accelerators.allocation_events import AllocationEvent, CudaEvents, SimulatedEvents
 from pytest_diffopt.errors import DiffoptError
 
 if TYPE_CHECKING:
@@ -126,6 +127,34 @@ class Accelerator:
             return None
         stats = self._module.transfer_stats()
         return {"h2d": int(stats["h2d_bytes"]), "d2h": int(stats["d2h_bytes"])}
+
+    @functools.cached_property
+    def _events(self) -> SimulatedEvents | CudaEvents | None:
+        if self.is_simulated:
+            return SimulatedEvents(self._module)
+        return CudaEvents(self._module) if self.kind == "cuda" else None
+
+    def start_allocation_events(self) -> bool:
+        """Begin to write down what happens to the memory; False where the device does not tell, or tells somebody else."""
+        return self._events is not None and self._events.start()
+
+    def mark_allocation_events(self, mark: int) -> None:
+        """Let every later event say ``mark``: a number, from 0 at the start."""
+        if self._events is not None:
+            self._events.mark(mark)
+
+    def allocation_events(self) -> list[AllocationEvent]:
+        """What happened on the current device since the start, in order."""
+        return self._events.read() if self._events is not None else []
+
+    def stop_allocation_events(self) -> None:
+        """Write no more down. What was written is gone with the next start."""
+        if self._events is not None:
+            self._events.stop()
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """The block that each tensor lies in, as events name it, of the host as well; 0 where it has no memory."""
+        return self._events.blocks(tensors) if self._events is not None else [0] * len(tensors)
 
     def empty_cache(self) -> None:
         """Give cached blocks back to the device."""

@@ -11,13 +11,22 @@ is unverified.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
-    from pytest_diffopt.observation.observation import CallMemory, ComponentRecord, Layer, MemoryRecord, Observation
+    from pytest_diffopt.observation.observation import (
+        CallMemory,
+        ComponentRecord,
+        Layer,
+        MemoryRecord,
+        Observation,
+        Owner,
+        PhaseResidency,
+    )
 
 NAME = "memory"
 
@@ -32,6 +41,9 @@ CACHED_SHARE = 0.02
 
 SMALLEST_BLOCK = 32
 """Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
+
+SHARES_SHOWN = 6
+"""Owners of memory that a line of evidence names."""
 
 
 def judge(given: Evidence) -> Verdict:
@@ -84,7 +96,7 @@ def _judge_offloaded(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     missing = _not_resident(resident, resident.memory)
     problems, evidence = _common_problems(given, memory, figures)
     more, further = _offloading_problems(given, memory, figures, comparable=not missing)
-    problems, evidence = more + problems, further + evidence
+    problems, evidence = more + problems, list(dict.fromkeys(further + evidence))
     if problems:
         return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
     if missing:
@@ -117,10 +129,12 @@ def _offloading_problems(
             f"{human(max(0, before - peak))} saved, at least {human(int(promised * PROMISED_SHARE))} promised"
         )
         evidence.append(f"the components' sizes allow to save {human(promised)}; see which stay on the accelerator")
+        evidence += at_the_peak(memory)
     if limits.max_memory_ratio is not None and before and peak / before > limits.max_memory_ratio:
         problems.append(
             f"the peak is {peak / before:.3f} of that without offloading, {limits.max_memory_ratio:g} allowed"
         )
+        evidence += at_the_peak(memory)
     least, what = _least_peak(given)
     if peak < least:
         problems.append(
@@ -148,6 +162,7 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     evidence: list[str] = []
     if limits.max_memory_bytes is not None and peak > limits.max_memory_bytes:
         problems.append(f"the peak of a call is {human(peak)}, {human(limits.max_memory_bytes)} allowed")
+        evidence += at_the_peak(memory)
     left = figures["left_bytes"]
     if left > _may_stay(given):
         if given.recipe.offloading is None:
@@ -158,6 +173,7 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
             evidence.append(
                 "an object beside the parameters keeps tensors alive: a quantization state, a cache, a hook"
             )
+        evidence += after_the_last_call(memory)
     per_call, error = growth(memory)
     if per_call - 2 * error > 0:
         calls = counted(sum(call.repeated for call in memory.calls), "repeated call")
@@ -165,6 +181,7 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
         problems.append(f"memory grows by {human(math.ceil(per_call))}{uncertain} a call, over {calls}")
         live = [call.live_bytes - memory.before_bytes for call in memory.calls]
         evidence.append(f"after each call: {', '.join(map(human, live))}")
+        evidence += who_grows(memory)
     if elsewhere := max(call.elsewhere_bytes for call in memory.calls):
         problems.append(f"{human(elsewhere)} on another device of the same kind, which the recipe does not use")
     evidence += (oversized := _larger_than_their_format(given.observation.layers))[:3]
@@ -208,6 +225,48 @@ def call_peak(memory: MemoryRecord) -> int:
     """The peak of the warm calls, in bytes, above what was there before the pipeline; of the first where it is alone."""
     calls = memory.calls[1:] or memory.calls
     return max(call.peak_bytes for call in calls) - memory.before_bytes
+
+
+def at_the_peak(memory: MemoryRecord) -> list[str]:
+    """A line that says who held what when the warm calls peaked, and what ran; none where the device does not tell."""
+    phases = _phases_of_calls(memory)
+    if memory.residency is None or not phases:
+        return []
+    _, phase = max(phases[1:] or phases, key=lambda pair: pair[0].peak_bytes)
+    by = f", while {phase.component or 'the pipeline'} ran {phase.operation}" if phase.operation else ""
+    return [f"at the peak ({phase.phase}{by}): {_shares(memory.residency.at(phase.peak_at))}"]
+
+
+def after_the_last_call(memory: MemoryRecord) -> list[str]:
+    """A line that says whose bytes were there after the last call of the recipe; none where the device does not tell."""
+    ends = [phase for call, phase in _phases_of_calls(memory) if call is last_call(memory)]
+    if memory.residency is None or not ends:
+        return []
+    return [f"after {ends[0].phase}: {_shares(memory.residency.at(ends[0].last))}"]
+
+
+def who_grows(memory: MemoryRecord) -> list[str]:
+    """A line that says whose bytes the repeated calls added; none where the device does not tell."""
+    repeats = [phase for call, phase in _phases_of_calls(memory) if call.repeated]
+    if memory.residency is None or len(repeats) < 2:
+        return []
+    first, last = (memory.residency.at(phase.last) for phase in (repeats[0], repeats[-1]))
+    added = {owner: count - first.get(owner, 0) for owner, count in last.items() if count > first.get(owner, 0)}
+    return [f"from {repeats[0].phase} to {repeats[-1].phase} grew: {_shares(added)}"] if added else []
+
+
+def _phases_of_calls(memory: MemoryRecord) -> list[tuple[CallMemory, PhaseResidency]]:
+    # loading stands first; a call that was broken off has a phase and no record
+    phases = memory.residency.phases[1:] if memory.residency is not None else ()
+    return list(zip(memory.calls, phases, strict=False))
+
+
+def _shares(held: Mapping[Owner, int]) -> str:
+    """The largest of them by name, the rest in one."""
+    parts = [f"{owner} {human(count)}" for owner, count in list(held.items())[:SHARES_SHOWN]]
+    if rest := list(held.values())[SHARES_SHOWN:]:
+        parts.append(f"{len(rest)} more {human(sum(rest))}")
+    return ", ".join(parts) or "nothing"
 
 
 def stray(weights_bytes: int) -> int:

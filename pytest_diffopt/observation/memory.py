@@ -15,6 +15,7 @@ from pytest_diffopt.accelerators import Peak
 from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
+from pytest_diffopt.observation.residency import ResidencyLedger
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class MemoryWatch:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.ledger = ResidencyLedger(accelerator)
         self._before: int | None = None
         self._load_peak = self._loaded = self._held = self._elsewhere_before = 0
         self._loaded_residency: dict[str, int] = {}
@@ -47,21 +49,32 @@ class MemoryWatch:
         self._before = self._settled()
         self.accelerator.reset_peak()
         self._elsewhere_before = self.accelerator.elsewhere_bytes() or 0
+        if self._before is not None:
+            self.ledger.open(self._before)
 
     def loaded(self, components: Mapping[str, torch.nn.Module]) -> None:
-        """The pipeline is prepared."""
+        """The pipeline is prepared; these are its components."""
         if self.counts:
             self._load_peak = self.accelerator.peak_bytes() or 0
             self._loaded = self._settled() or 0
             resident = {name: self._resident(module)[0] for name, module in components.items()}
             self._loaded_residency = {name: sum(blocks.values()) for name, blocks in resident.items()}
+            self.ledger.knows(components)
+            self.ledger.look()
+            self.ledger.phase("")
 
-    def call_begins(self, held_bytes: int) -> None:
-        """A call is about to be made; ``held_bytes`` on the accelerator are results that the observation holds already."""
+    def call_begins(self, phase: str, held_bytes: int) -> None:
+        """A call is about to be made.
+
+        Args:
+            phase: its name in the residency, such as ``"call 0"``.
+            held_bytes: on the accelerator, of results that the observation holds already.
+        """
         self._held = held_bytes
         if self.counts:
             self.accelerator.reset_peak()
             self._transferred = self.accelerator.transferred_bytes()
+            self.ledger.phase(phase)
 
     def call_ends(
         self, call: int, components: Mapping[str, torch.nn.Module], held_bytes: int, *, repeated: bool = False
@@ -87,6 +100,12 @@ class MemoryWatch:
                 repeated=repeated,
             )
         )
+        self.ledger.look()
+        self.ledger.phase("")
+
+    def close(self) -> None:
+        """End: what happens to the memory from here on is not this run's."""
+        self.ledger.close()
 
     def is_growing(self) -> bool:
         """Whether a warm call left more than the one before it: a leak, or something that is kept once."""
@@ -98,7 +117,14 @@ class MemoryWatch:
         """What was written down; None on a device without counters."""
         if self._before is None:
             return None
-        return MemoryRecord(self._before, self._load_peak, self._loaded, tuple(self._calls), self._loaded_residency)
+        return MemoryRecord(
+            self._before,
+            self._load_peak,
+            self._loaded,
+            tuple(self._calls),
+            self._loaded_residency,
+            self.ledger.record,
+        )
 
     def _settled(self) -> int | None:
         """Live bytes once everything queued has run and garbage is gone; None where the device does not count."""

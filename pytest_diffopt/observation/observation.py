@@ -276,6 +276,66 @@ class CallMemory:
     repeated: bool = False
 
 
+@dataclass(frozen=True, order=True)
+class Owner:
+    """Whose bytes they are.
+
+    Attributes:
+        component: or ``""`` where no component's.
+        kind: ``weights``; ``working``, taken while the component ran; ``other``, taken while none ran; ``before``, what
+            was there before the pipeline.
+    """
+
+    component: str
+    kind: Literal["weights", "working", "other", "before"]
+
+    def __str__(self) -> str:
+        if self.kind == "before":
+            return "held before the pipeline"
+        return f"{self.component} {self.kind}".strip()
+
+
+@dataclass(frozen=True)
+class PhaseResidency:
+    """A phase of a run (``loading``, ``call 0``, …) and its peak.
+
+    Attributes:
+        first, last: its positions; the position n is the moment after n blocks came or went.
+        peak_at: the position of the peak. peak_bytes: then on the accelerator.
+        component, operation: what took the memory that made the peak; both empty where it was there when the phase began.
+    """
+
+    phase: str
+    first: int
+    last: int
+    peak_at: int
+    peak_bytes: int
+    component: str = ""
+    operation: str = ""
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Whose bytes were on the accelerator, over time.
+
+    Attributes:
+        owners: in the order of the columns of ``bytes``.
+        positions: the moments that are kept, some hundreds, among them each phase's first, last and peak.
+        bytes: a row a position, a column an owner; the sum of a row is what was live.
+    """
+
+    owners: tuple[Owner, ...] = ()
+    phases: tuple[PhaseResidency, ...] = ()
+    positions: tuple[int, ...] = ()
+    bytes: tuple[tuple[int, ...], ...] = ()
+
+    def at(self, position: int) -> dict[Owner, int]:
+        """Who held how many bytes at a kept position, the largest first; those who held nothing are left out."""
+        row = self.bytes[self.positions.index(position)]
+        held = {owner: count for owner, count in zip(self.owners, row, strict=True) if count}
+        return dict(sorted(held.items(), key=lambda item: -item[1]))
+
+
 @dataclass(frozen=True)
 class MemoryRecord:
     """Memory of the accelerator, in bytes: while the pipeline was prepared, and call by call.
@@ -284,6 +344,7 @@ class MemoryRecord:
         before_bytes: what others held before the pipeline was prepared; every figure but ``loaded_residency`` includes it.
         load_peak_bytes: the highest while it was prepared. loaded_bytes: when it was.
         loaded_residency: component → bytes of its weights on the accelerator when it was prepared.
+        residency: None where the device does not tell who takes its memory.
     """
 
     before_bytes: int
@@ -291,6 +352,7 @@ class MemoryRecord:
     loaded_bytes: int
     calls: tuple[CallMemory, ...] = ()
     loaded_residency: dict[str, int] = field(default_factory=dict)
+    residency: Residency | None = None
 
     @property
     def call_peak_bytes(self) -> int:

@@ -48,7 +48,7 @@ from pytest_diffopt.observation.probes import (
 )
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation import compilation
-from pytest_diffopt.preparation.pipeline import Prepared, dynamo_settings, prepare
+from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
 
 if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
@@ -204,11 +204,14 @@ class _Run:
 
     def _prepare_and_call(self, before: state.Snapshot) -> None:
         self.memory.open()
-        prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
         try:
-            self._run_calls(prepared, before)
+            prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
+            try:
+                self._run_calls(prepared, before)
+            finally:
+                prepared.release()
         finally:
-            prepared.release()
+            self.memory.close()
 
     def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
         self.memory.loaded(prepared.components)
@@ -224,7 +227,7 @@ class _Run:
         random_before = state.read_random()
         with (
             self.watch.naming(prepared.module_names()),
-            recording(prepared, self.recorder),
+            recording(prepared, self.recorder, self.memory.ledger),
             self._same_noise(prepared, replay=False),
             self._stance(),
             counting,
@@ -257,9 +260,9 @@ class _Run:
             self.notes.append("no sensitivity run: the model's inputs hold nothing that could be changed")
             return
         inputs = digest(arguments)
-        self.memory.call_begins(self.recorder.held_bytes(self.accelerator.kind))
+        self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.kind))
         started = time.perf_counter()
-        result = prepared.run(arguments)
+        result = self._run(prepared, arguments)
         self.accelerator.synchronize()
         seconds = time.perf_counter() - started
         self.recorder.record("", result, hold=True)
@@ -279,6 +282,12 @@ class _Run:
                 inputs=inputs,
             )
         )
+
+    def _run(self, prepared: Prepared, arguments: dict[str, Any]) -> Any:
+        if not prepared.is_model:
+            return prepared.run(arguments)
+        with self.memory.ledger.running(MODEL):
+            return prepared.run(arguments)
 
     def _sensitivity_call(self, prepared: Prepared) -> None:
         """One more call with other inputs, unless two of the recipe's own calls differ in them already."""
@@ -302,12 +311,12 @@ class _Run:
         if not self.memory.is_growing():
             return
         last = self.recipe.call.count - 1
-        with self._stance():
+        with self._stance(), recording(prepared, OutputRecorder(), self.memory.ledger):
             for repeat in range(REPEATS_WHERE_MEMORY_GREW):
                 self.watch.call = self.recipe.call.count + 1 + repeat
                 held = self.recorder.held_bytes(self.accelerator.kind)
-                self.memory.call_begins(held)
-                prepared.run(prepared.arguments(last))
+                self.memory.call_begins(f"call {last} again, {repeat + 1}", held)
+                self._run(prepared, prepared.arguments(last))
                 self.accelerator.synchronize()
                 self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
 

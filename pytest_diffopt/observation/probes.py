@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_diffopt.observation.outputs import OutputRecorder
+    from pytest_diffopt.observation.residency import ResidencyLedger
     from pytest_diffopt.preparation.pipeline import Prepared
 
 SENSITIVITY_SEED = 7919
@@ -28,20 +29,25 @@ SENSITIVITY_SEED = 7919
 
 
 @contextlib.contextmanager
-def recording(prepared: Prepared, recorder: OutputRecorder) -> Iterator[None]:
-    """Write down what each component returns, without a hook on anything that is compiled whole."""
+def recording(prepared: Prepared, recorder: OutputRecorder, ledger: ResidencyLedger | None = None) -> Iterator[None]:
+    """Write down what each component returns, without a hook on anything that is compiled whole.
+
+    The ledger, where there is one, is told which component runs.
+    """
     with contextlib.ExitStack() as stack:
         if not prepared.is_model:
             for name, module in prepared.components.items():
-                _Recording(name, module, recorder).install(stack)
+                _Recording(name, module, recorder, ledger).install(stack)
         yield
 
 
 class _Recording:
     """Records one component: its call, and an autoencoder's ``encode`` and ``decode``; only the outermost of them."""
 
-    def __init__(self, name: str, module: torch.nn.Module, recorder: OutputRecorder) -> None:
-        self.name, self.module, self.recorder = name, module, recorder
+    def __init__(
+        self, name: str, module: torch.nn.Module, recorder: OutputRecorder, ledger: ResidencyLedger | None
+    ) -> None:
+        self.name, self.module, self.recorder, self.ledger = name, module, recorder, ledger
         self.depth = 0
 
     def install(self, stack: contextlib.ExitStack) -> None:
@@ -59,26 +65,37 @@ class _Recording:
 
     def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            import torch
-
-            if torch.compiler.is_compiling():  # traced as part of something else: nothing of ours may enter its guards
+            if _traced():
                 return original(*args, **kwargs)
-            self.depth += 1
+            self._enter()
             try:
                 result = original(*args, **kwargs)
             finally:
-                self.depth -= 1
+                self._leave()
             if self.depth == 0:
                 self.recorder.record(self.name, result)
             return result
 
         return recorded
 
-    def _entered(self, *_: Any) -> None:
+    def _enter(self) -> None:
+        if self.depth == 0 and self.ledger is not None:
+            self.ledger.entered(self.name)
         self.depth += 1
 
-    def _left(self, _module: Any, _args: Any, result: Any) -> None:
+    def _leave(self) -> None:
         self.depth -= 1
+        if self.depth == 0 and self.ledger is not None:
+            self.ledger.left(self.name)
+
+    def _entered(self, *_: Any) -> None:
+        if not _traced():
+            self._enter()
+
+    def _left(self, _module: Any, _args: Any, result: Any) -> None:
+        if _traced():
+            return
+        self._leave()
         if self.depth == 0 and result is not None:
             self.recorder.record(self.name, result)
 
@@ -89,6 +106,13 @@ class _Recording:
         else:
             stack.callback(object.__delattr__, module, attribute)
         object.__setattr__(module, attribute, value)
+
+
+def _traced() -> bool:
+    """Whether this call is traced as part of something else: nothing of ours may enter its guards."""
+    import torch
+
+    return torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager

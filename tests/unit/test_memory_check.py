@@ -19,6 +19,9 @@ from pytest_diffopt.observation.observation import (
     MemoryRecord,
     Observation,
     Output,
+    Owner,
+    PhaseResidency,
+    Residency,
 )
 
 SIZES = {"transformer": 800_000, "text_encoder": 150_000, "vae": 50_000}
@@ -236,6 +239,60 @@ def test_group_offloading_may_leave_the_scales_and_nothing_more(strategy: Any, s
     words = "transformer has not left the accelerator after the call"
     assert (words in verdict(100_000).text) == (status == "failed")
     failed_with(verdict(110_000), words)
+
+
+WEIGHTS = tuple(Owner(name, "weights") for name in ("text_encoder", "transformer"))
+
+
+def with_residency(found: MemoryRecord) -> MemoryRecord:
+    """A position a moment: the calls peak at 1, 3, … and end at 2, 4, …; the text encoder grows from end to end."""
+    owners = (*WEIGHTS, Owner("transformer", "working"), Owner("", "before"))
+    phases = [PhaseResidency("loading", 0, 0, 0, 0)]
+    for at, call in enumerate(found.calls):
+        ran = f"aten::op{at}"
+        phases.append(PhaseResidency(f"call {at}", 2 * at, 2 * at + 2, 2 * at + 1, call.peak_bytes, "transformer", ran))
+    rows = [(2048 * at, 0 if at % 2 == 0 else 4096, at, 512) for at in range(2 * len(found.calls) + 1)]
+    return replace(found, residency=Residency(owners, tuple(phases), tuple(range(len(rows))), tuple(rows)))
+
+
+def test_a_peak_that_is_too_high_is_taken_apart() -> None:
+    too_high = with_residency(record(5_000_000, 1_050_000, 1_060_000))
+    line = (
+        "at the peak (call 2, while transformer ran aten::op2): text_encoder weights 10.00 KiB, "
+        "transformer weights 4.00 KiB, held before the pipeline 512 B, transformer working 5 B"
+    )
+    assert line in judge(too_high).evidence
+    limited = judge(with_residency(record(500_000, 500_000, 600_000)), contract=Contract(max_memory="500KB"))
+    assert line in limited.evidence
+    both = judge(too_high, contract=Contract(max_memory="500KB", max_memory_ratio=0.5))
+    assert both.evidence.count(line) == 1
+    assert not any("at the peak" in one for one in judge(replace(too_high, residency=None)).evidence)
+
+
+def test_a_peak_that_was_there_when_the_call_began_is_no_operations_doing() -> None:
+    found = with_residency(record(1_050_000))
+    assert found.residency is not None
+    phases = (found.residency.phases[0], PhaseResidency("call 0", 0, 2, 1, 1_050_000))
+    verdict = judge(replace(found, residency=replace(found.residency, phases=phases)))
+    assert any(line.startswith("at the peak (call 0): transformer weights 4.00 KiB") for line in verdict.evidence)
+
+
+def test_what_stays_is_told_by_whose_it_is() -> None:
+    verdict = judge(with_residency(record(860_000, 860_000, left=400_000)))
+    assert "after call 1: text_encoder weights 8.00 KiB, held before the pipeline 512 B, transformer working 4 B" in (
+        verdict.evidence
+    )
+
+
+def test_what_grows_is_told_by_whose_it_is() -> None:
+    verdict = judge(with_residency(record(860_000, 860_000, grown=(0, 64, 128, 192))))
+    assert "from call 2 to call 5 grew: text_encoder weights 12.00 KiB, transformer working 6 B" in verdict.evidence
+
+
+def test_a_line_names_the_largest_and_sums_the_rest() -> None:
+    held = {Owner(f"c{at}", "weights"): 1024 * (10 - at) for at in range(8)}
+    assert memory._shares(held).endswith("c5 weights 5.00 KiB, 2 more 7.00 KiB")
+    assert memory._shares({}) == "nothing"
 
 
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:

@@ -303,6 +303,52 @@ def recorded_operations() -> dict[str, int]:
     return {name: int(times) for name, times in lines}
 
 
+class MemoryEvent(NamedTuple):
+    """What happened to a block of memory.
+
+    Attributes:
+        block: its number, which no other block ever has; negative for host memory that is not torch's own.
+        bytes: what it takes, negative where it was freed; 0 for a copy into it.
+        operation: that did it, e.g. ``"aten::mm"``; "" where none did.
+        mark: the last one that :func:`mark_memory_events` was given before it.
+        source: the block that was copied, else 0.
+        pinned: whether that is pinned memory of the host.
+    """
+
+    block: int
+    bytes: int
+    operation: str
+    mark: int
+    source: int
+    pinned: bool
+
+
+def record_memory_events(enabled: bool = True) -> None:
+    """Begin (forgetting the last recording) or end to write down what happens to memory."""
+    _ops.open_ledger(enabled)
+
+
+def mark_memory_events(mark: int) -> None:
+    """Let every later event say ``mark``."""
+    _ops.mark_ledger(mark)
+
+
+def recorded_memory_events(device: Device = None) -> list[MemoryEvent]:
+    """What happened on one device, in order."""
+    names = _ops.ledger_operations()
+    index = _index(device)
+    return [
+        MemoryEvent(block, count, names[operation], mark, source, bool(pinned))
+        for block, count, source, pinned, operation, mark, on in _ops.ledger_events().tolist()
+        if on == index
+    ]
+
+
+def memory_blocks(tensors: list[torch.Tensor]) -> list[int]:
+    """The number of each tensor's block, on the host as well; 0 for a tensor without memory."""
+    return list(_ops.block_numbers(tensors))
+
+
 # ------------------------------------------------------------------------------------------------- random numbers
 
 

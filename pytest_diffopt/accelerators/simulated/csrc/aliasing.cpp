@@ -74,6 +74,12 @@ at::Tensor Aliases::device(const at::Tensor& tensor) {
   return tensor_over(device_storage(tensor), c10::DispatchKey::PrivateUse1, tensor);
 }
 
+std::vector<int64_t> Aliases::blocks() const {
+  std::vector<int64_t> numbers;
+  for (const auto& pair : storages_) numbers.push_back(block_number(*pair.device));
+  return numbers;
+}
+
 void Aliases::carry_back() {
   for (auto& pair : storages_) {
     if (pair.host->data() == pair.data) continue;

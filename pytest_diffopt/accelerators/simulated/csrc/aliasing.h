@@ -6,6 +6,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/SmallVector.h>
 
+#include <vector>
+
 #include "device.h"
 
 namespace sim {
@@ -26,6 +28,8 @@ class Aliases {
   void keep_on_host(const at::Tensor& tensor);
   // The device's view of what a kernel returned: an argument, a view of one, or new memory, which is taken over.
   at::Tensor device(const at::Tensor& tensor);
+  // The device's blocks among the arguments.
+  std::vector<int64_t> blocks() const;
   // After the kernel: reallocated memory and changed shapes (out=, resize_, set_) of arguments, carried to the device.
   void carry_back();
 

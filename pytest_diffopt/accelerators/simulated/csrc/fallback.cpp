@@ -10,6 +10,7 @@
 #include <unordered_set>
 
 #include "aliasing.h"
+#include "ledger.h"
 #include "memory.h"
 
 namespace sim {
@@ -61,6 +62,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     g_recorded[toString(op.operator_name())]++;
   }
 
+  const Running running(op.operator_name().name.c_str());
   Aliases aliases;
   bool to_host = false, has_generator = false;
   std::optional<c10::Device> stranger;
@@ -110,6 +112,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (aliases.index < 0) aliases.index = current_device();
   count_kernel(aliases.index);
+  if (ledger_open()) credit_operation(aliases.blocks());
 
   std::optional<DrawsOf> draws;
   if (!has_generator && op.hasTag(at::Tag::nondeterministic_seeded)) {

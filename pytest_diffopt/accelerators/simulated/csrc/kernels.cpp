@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include "aliasing.h"
+#include "ledger.h"
 #include "memory.h"
 
 namespace sim {
@@ -40,6 +41,7 @@ Tensor empty(
     IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
     std::optional<c10::Device> device, std::optional<bool> pin, std::optional<c10::MemoryFormat> format) {
   check_options(layout, pin);
+  const Running running("aten::empty");
   c10::DeviceGuard on(c10::device_or_default(device));
   return at::detail::empty_generic(size, device_allocator(), kKeys, c10::dtype_or_default(dtype), format);
 }
@@ -48,6 +50,7 @@ Tensor empty_strided(
     IntArrayRef size, IntArrayRef stride, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
     std::optional<c10::Device> device, std::optional<bool> pin) {
   check_options(layout, pin);
+  const Running running("aten::empty_strided");
   c10::DeviceGuard on(c10::device_or_default(device));
   return at::detail::empty_strided_generic(size, stride, device_allocator(), kKeys, c10::dtype_or_default(dtype));
 }
@@ -63,6 +66,9 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
           : to_sim       ? Direction::HostToDevice
                          : Direction::DeviceToHost,
       bytes);
+  const Running running("aten::copy_");
+  if (ledger_open() && to.has_storage() && from.has_storage())
+    note_copy(*to.storage().unsafeGetStorageImpl(), *from.storage().unsafeGetStorageImpl(), device);
   Aliases aliases;
   KernelScope kernel;
   Tensor target = to_sim ? aliases.host(to) : to;
@@ -86,6 +92,11 @@ c10::Scalar local_scalar(const Tensor& tensor) {
   Aliases aliases;
   KernelScope kernel;
   return at::_local_scalar_dense(aliases.host(tensor));
+}
+
+const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
+  const Running running("aten::resize_");
+  return at::native::resize_(self, size, format);
 }
 
 Tensor& set_nothing(Tensor& self) {
@@ -135,6 +146,7 @@ Tensor convolution(
     IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
   check_same_device(input, weight);
   if (bias.has_value()) check_same_device(input, *bias);
+  const Running running("aten::convolution");
   Aliases aliases;
   count_kernel(input.device().index());
   KernelScope kernel;
@@ -151,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
     IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
   check_same_device(input, weight);
   check_same_device(input, grad);
+  const Running running("aten::convolution_backward");
   Aliases aliases;
   count_kernel(input.device().index());
   KernelScope kernel;
@@ -196,7 +209,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
-  m.impl("resize_", TORCH_FN(at::native::resize_));
+  m.impl("resize_", resize);
   m.impl("set_", set_nothing);
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -14,6 +15,7 @@
 
 #include "caching.h"
 #include "device.h"
+#include "ledger.h"
 
 namespace sim {
 namespace {
@@ -45,10 +47,13 @@ struct Header {
   int64_t requested;
   int64_t charged;
   Block* block;  // null if it was not taken through the cache
+  int64_t number;
   int32_t device;
 };
 constexpr size_t kHeaderBytes = 64;  // keeps torch's alignment of host memory
 static_assert(sizeof(Header) <= kHeaderBytes);
+
+std::atomic<int64_t> g_next_number{1};
 
 Header& header_of(void* data) { return *reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes); }
 
@@ -104,7 +109,7 @@ void charge(Header& header, int device, int64_t bytes) {
         " is reserved by PyTorch but unallocated.");
   }
   const int64_t charged = block ? block->size : bytes;
-  header = Header{bytes, charged, block, device};
+  header = Header{bytes, charged, block, header.number, device};
   if (!block) memory.uncached += charged;
   c.allocated += charged;
   c.requested += bytes;
@@ -113,8 +118,10 @@ void charge(Header& header, int device, int64_t bytes) {
   c.peak_allocated = std::max(c.peak_allocated, c.allocated);
   c.peak_requested = std::max(c.peak_requested, c.requested);
   update_reserved(memory);
+  if (ledger_open()) note_memory(header.number, charged, device);
 }
 
+// The lock is held.
 void discharge(const Header& header) {
   auto& memory = memories()[header.device];
   auto& c = memory.counters;
@@ -127,6 +134,7 @@ void discharge(const Header& header) {
     memory.uncached -= header.charged;
   }
   update_reserved(memory);
+  if (ledger_open()) note_memory(header.number, -header.charged, header.device);
 }
 
 void release(void* data) {
@@ -140,7 +148,7 @@ void release(void* data) {
 }
 
 void* take(size_t bytes, int device) {
-  Header header{static_cast<int64_t>(bytes), 0, nullptr, kHost};
+  Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost};
   if (device != kHost) {
     std::lock_guard<std::mutex> held(lock());
     charge(header, device, static_cast<int64_t>(bytes));
@@ -266,6 +274,14 @@ bool is_pinned(const void* pointer) {
   if (at == pinned().begin()) return false;
   --at;
   return static_cast<const char*>(pointer) < at->first + at->second;
+}
+
+int64_t block_number(const c10::StorageImpl& storage) {
+  const auto& data = storage.data_ptr();
+  if (!data.get()) return 0;
+  const auto deleter = data.get_deleter();
+  if (deleter == &release || deleter == &release_pinned) return header_of(data.get()).number;
+  return -static_cast<int64_t>(reinterpret_cast<intptr_t>(data.get()));
 }
 
 c10::DataPtr adopt(c10::StorageImpl& host, int device) {

@@ -33,6 +33,10 @@ void install_allocators();
 
 bool is_pinned(const void* pointer);
 
+// A number that no other block of this process ever has, on the host too. Memory that our allocators did not make has its
+// address, negative: another may have it later.
+int64_t block_number(const c10::StorageImpl& storage);
+
 // Takes the memory of a host storage for a device, without a copy if our host allocator made it. May raise out of memory.
 c10::DataPtr adopt(c10::StorageImpl& host, int device);
 

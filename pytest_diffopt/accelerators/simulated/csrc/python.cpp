@@ -1,9 +1,13 @@
 // What the Python face calls, as torch.ops.pytest_diffopt_sim.*: plain numbers, so that no Python header is needed and
 // one library serves every Python.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "device.h"
 #include "fallback.h"
+#include "ledger.h"
 #include "memory.h"
 
 namespace sim {
@@ -36,6 +40,24 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("caching", []() -> bool { return caching(); });
   m.def("record_operations", [](bool on) { record_operations(on); });
   m.def("recorded_operations", []() -> std::vector<std::string> { return recorded_operations(); });
+  m.def("open_ledger", [](bool open) { open_ledger(open); });
+  m.def("mark_ledger", [](int64_t mark) { mark_ledger(mark); });
+  m.def("ledger_operations", []() -> std::vector<std::string> { return ledger_operations(); });
+  // A row an event, in one tensor: a list of as many numbers takes a hundred times as long to cross.
+  m.def("ledger_events", []() -> at::Tensor {
+    const auto events = ledger_events();
+    constexpr int64_t kColumns = sizeof(LedgerEvent) / sizeof(int64_t);
+    auto table = at::empty({static_cast<int64_t>(events.size()), kColumns}, at::kLong);
+    if (!events.empty()) std::memcpy(table.mutable_data_ptr(), events.data(), events.size() * sizeof(LedgerEvent));
+    return table;
+  });
+  m.def("block_numbers", [](at::TensorList tensors) -> std::vector<int64_t> {
+    std::vector<int64_t> numbers;
+    numbers.reserve(tensors.size());
+    for (const auto& tensor : tensors)
+      numbers.push_back(tensor.has_storage() ? block_number(*tensor.storage().unsafeGetStorageImpl()) : 0);
+    return numbers;
+  });
 }
 
 }  // namespace sim

@@ -1,0 +1,108 @@
+#include "ledger.h"
+
+#include <algorithm>
+#include <mutex>
+#include <string_view>
+#include <unordered_map>
+
+#include "memory.h"
+
+namespace sim {
+
+thread_local const char* Running::t_operation = "";
+std::atomic<bool> g_ledger_open{false};
+
+namespace {
+
+struct Ledger {
+  std::mutex lock;
+  std::vector<LedgerEvent> events;
+  std::vector<std::string> operations{""};
+  std::unordered_map<std::string, int64_t> numbers{{"", 0}};
+  int64_t mark = 0;
+  int64_t recording = 0;  // how many there were
+};
+Ledger& ledger() {
+  static auto* the = new Ledger();  // never destroyed: tensors outlive static destructors
+  return *the;
+}
+
+// Events of this thread that wait for the operation that asked for the memory.
+struct Waiting {
+  int64_t recording = 0;
+  std::vector<size_t> events;
+};
+thread_local Waiting t_waiting;
+
+// The lock is held.
+int64_t number_of_operation(Ledger& the) {
+  const auto [at, is_new] =
+      the.numbers.try_emplace(Running::operation(), static_cast<int64_t>(the.operations.size()));
+  if (is_new) the.operations.push_back(at->first);
+  return at->second;
+}
+
+void add(int64_t block, int64_t bytes, int64_t source, bool pinned, int device) {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  the.events.push_back({block, bytes, source, pinned, number_of_operation(the), the.mark, device});
+  const std::string_view name = Running::operation();
+  if (bytes <= 0 || (name != "aten::empty" && name != "aten::empty_strided")) return;
+  if (t_waiting.recording != the.recording) t_waiting = {the.recording, {}};
+  t_waiting.events.push_back(the.events.size() - 1);
+}
+
+}  // namespace
+
+void open_ledger(bool open) {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  if (open) {
+    the.events.clear();
+    the.operations.assign(1, "");
+    the.numbers = {{"", 0}};
+    the.mark = 0;
+    the.recording++;
+  }
+  g_ledger_open = open;
+}
+
+void mark_ledger(int64_t mark) {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  the.mark = mark;
+}
+
+void note_memory(int64_t block, int64_t bytes, int device) { add(block, bytes, 0, false, device); }
+
+void credit_operation(const std::vector<int64_t>& blocks) {
+  if (t_waiting.events.empty()) return;
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  if (t_waiting.recording == the.recording) {
+    for (const size_t event : t_waiting.events)
+      if (std::find(blocks.begin(), blocks.end(), the.events[event].block) != blocks.end())
+        the.events[event].operation = number_of_operation(the);
+  }
+  t_waiting.events.clear();
+}
+
+void note_copy(const c10::StorageImpl& to, const c10::StorageImpl& from, int device) {
+  const int64_t target = block_number(to);
+  credit_operation({target});
+  add(target, 0, block_number(from), is_pinned(from.data()), device);
+}
+
+std::vector<LedgerEvent> ledger_events() {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  return the.events;
+}
+
+std::vector<std::string> ledger_operations() {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  return the.operations;
+}
+
+}  // namespace sim

@@ -1,0 +1,226 @@
+"""Pictures for reports: self-contained SVG text, without scripts, legible on light and on dark pages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+if TYPE_CHECKING:
+    from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
+
+WIDTH, HEIGHT = 960, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 300, 92, 36  # around the plot; the legend stands on its right
+_HEADROOM = 1.12  # for what is written over the peak
+
+# Okabe and Ito's, told apart by colour-blind readers too
+_HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#9a8f00", "#7a5cc7")
+_GREY = {"other": "#8c959f", "before": "#57606a"}
+_WORKING_OPACITY = 0.5
+
+# Below a class: in a page that holds the picture itself, its rules are the page's too
+_STYLE = """
+.residency text { font: 12px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328; }
+.residency .title { font-size: 16px; font-weight: 600; }
+.residency .quiet { fill: #59636e; }
+.residency .page { fill: #ffffff; }
+.residency .over { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round; }
+.residency .grid { stroke: #d1d9e0; }
+.residency .phase { stroke: #818b98; stroke-dasharray: 3 3; }
+.residency .mark { fill: #ffffff; stroke: #1f2328; stroke-width: 2; }
+@media (prefers-color-scheme: dark) {
+.residency text { fill: #f0f6fc; }
+.residency .quiet { fill: #9198a1; }
+.residency .page { fill: #0d1117; }
+.residency .over { stroke: #0d1117; }
+.residency .grid { stroke: #3d444d; }
+.residency .phase { stroke: #656c76; }
+.residency .mark { fill: #0d1117; stroke: #f0f6fc; }
+}
+"""
+
+
+def residency_svg(residency: Residency, title: str) -> str:
+    """Whose bytes were on the accelerator, over time, as an SVG picture of 960 by 400.
+
+    Stacked areas, one an owner, from left to right as blocks of memory came and went; the legend has what each held at the
+    highest peak. A component's working memory is a lighter shade of its weights' colour.
+    """
+    peak = max(residency.phases, key=lambda phase: phase.peak_bytes, default=None)
+    at_peak = residency.at(peak.peak_at) if peak is not None else {}
+    highest = max([*map(sum, residency.bytes), 1])
+    unit, name = unit_of(highest)
+    plot = _Plot(residency, highest * _HEADROOM)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="residency" role="img" viewBox="0 0 {WIDTH} {HEIGHT}">',
+        f"<title>{_text(title)}</title>",
+        f"<desc>{_text(described(residency))}</desc>",
+        f"<style>{_STYLE}</style>",
+        f'<rect class="page" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
+        f'<text class="title" x="20" y="30">{_text(_short(title, 100))}</text>',
+    ]
+    if peak is not None:
+        said = f"peak {human(peak.peak_bytes)} in {peak.phase}{_doing(peak)}"
+        lines.append(f'<text class="quiet" x="20" y="51">{_text(said)}</text>')
+    lines += plot.axis(unit, name)
+    colours = _colours(residency.owners)
+    for owner, path in zip(residency.owners, plot.areas(), strict=True):
+        fill, opacity = colours[owner]
+        lines.append(f'<path d="{path}" fill="{fill}" fill-opacity="{opacity}"/>')
+    lines += plot.phases()
+    if peak is not None:
+        x, y = plot.x(peak.peak_at), plot.y(peak.peak_bytes)
+        anchor = "start" if x < _LEFT + 100 else "end" if x > plot.right - 100 else "middle"
+        label = _short(" ".join(filter(None, (human(peak.peak_bytes), peak.operation))), 36)
+        lines.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        lines.append(f'<text class="over" x="{x:.1f}" y="{y - 9:.1f}" text-anchor="{anchor}">{_text(label)}</text>')
+    lines += _legend(residency.owners, colours, at_peak)
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def described(residency: Residency) -> str:
+    """The picture in words, for those who do not see it."""
+    if not residency.phases:
+        return "Nothing was recorded."
+    peaks = [f"{phase.phase} peaks at {human(phase.peak_bytes)}{_doing(phase)}" for phase in residency.phases]
+    return f"Memory on the accelerator over time, by owner: {'; '.join(peaks)}."
+
+
+def unit_of(highest_bytes: int) -> tuple[int, str]:
+    """(bytes in it, its name) of the unit that an axis up to so many bytes is labelled in."""
+    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if highest_bytes >= 1 << power:
+            return 1 << power, name
+    return 1, "B"
+
+
+def human(count: int) -> str:
+    """Bytes for a person, with three digits: ``"9.45 MiB"``."""
+    unit, name = unit_of(count)
+    if unit == 1:
+        return f"{count} B"
+    value = count / unit
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+
+
+def ticks(highest: float) -> list[float]:
+    """Round numbers from 0 to at most ``highest``, four to nine of them."""
+    rough = highest / 8
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    return [step * count for count in range(int(highest / step + 1e-9) + 1)]
+
+
+class _Plot:
+    """Where things stand."""
+
+    def __init__(self, residency: Residency, top_bytes: float) -> None:
+        self.residency = residency
+        self.top_bytes = top_bytes
+        self.end = max(residency.positions[-1] if residency.positions else 0, 1)
+        self.right, self.bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
+
+    def x(self, position: int) -> float:
+        return _LEFT + (self.right - _LEFT) * position / self.end
+
+    def y(self, count: float) -> float:
+        return self.bottom - (self.bottom - _TOP) * count / self.top_bytes
+
+    def axis(self, unit: int, name: str) -> list[str]:
+        lines = []
+        for value in ticks(self.top_bytes / unit):
+            y = self.y(value * unit)
+            label = f"{value:g} {name}" if value else "0"
+            lines.append(f'<line class="grid" x1="{_LEFT}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            lines.append(f'<text class="quiet" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        caption = "blocks of memory that came and went"
+        lines.append(
+            f'<text class="quiet" x="{self.right}" y="{HEIGHT - 14}" text-anchor="end">{caption} \N{RIGHTWARDS ARROW}</text>'
+        )
+        return lines
+
+    def areas(self) -> list[str]:
+        """A path an owner, each on top of the ones before it; memory changes in steps."""
+        xs = [self.x(position) for position in self.residency.positions]
+        floor = [0] * len(xs)
+        paths = []
+        for column in range(len(self.residency.owners)):
+            top = [below + row[column] for below, row in zip(floor, self.residency.bytes, strict=True)]
+            there = _steps(xs, [self.y(count) for count in top])
+            back = _steps(xs, [self.y(count) for count in floor])
+            paths.append("M" + "L".join(there + back[::-1]) + "Z")
+            floor = top
+        return paths
+
+    def phases(self) -> list[str]:
+        """A line at each boundary, and each name over its stretch, shortened to what has room."""
+        lines = []
+        edges = sorted({at for phase in self.residency.phases for at in (phase.first, phase.last)})
+        for at in edges:
+            x = self.x(at)
+            lines.append(f'<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{self.bottom}"/>')
+        for phase in self.residency.phases:
+            left, right = self.x(phase.first), self.x(phase.last)
+            room = int((right - left) / 6.8)
+            x, anchor = (left + right) / 2, "middle"
+            if phase.first == 0 and phase.last and room < len(phase.phase):  # the first has room on its left
+                x, anchor, room = right, "end", int((right - 8) / 6.8)
+            if shown := _short(phase.phase, room):
+                lines.append(f'<text x="{x:.1f}" y="{_TOP - 14}" text-anchor="{anchor}">{_text(shown)}</text>')
+        return lines
+
+
+def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+    corners = [
+        (x, y) for at, (x, y) in enumerate(zip(xs, ys, strict=True)) for x, y in ((x, ys[max(at - 1, 0)]), (x, y))
+    ]
+    return [f"{x:.1f} {y:.1f}" for (x, y), _ in itertools.groupby(corners)]
+
+
+def _colours(owners: Sequence[Owner]) -> dict[Owner, tuple[str, float]]:
+    """Owner → (colour, opacity): one hue a component."""
+    components = sorted({owner.component for owner in owners if owner.component})  # so that pictures agree
+    hues = {component: _HUES[at % len(_HUES)] for at, component in enumerate(components)}
+    return {
+        owner: (
+            hues.get(owner.component) or _GREY.get(owner.kind, _GREY["other"]),
+            _WORKING_OPACITY if owner.kind == "working" else 1.0,
+        )
+        for owner in owners
+    }
+
+
+def _legend(owners: Sequence[Owner], colours: dict[Owner, tuple[str, float]], at_peak: dict[Owner, int]) -> list[str]:
+    """From the top of the stack down, with what each held at the peak."""
+    left, right = WIDTH - _RIGHT + 24, WIDTH - 20
+    lines = [f'<text class="quiet" x="{right}" y="{_TOP - 14}" text-anchor="end">at the peak</text>']
+    step = min(20.0, (HEIGHT - _TOP - 16) / max(len(owners), 1))
+    for row, owner in enumerate(reversed(owners)):
+        y = _TOP + 8 + row * step
+        fill, opacity = colours[owner]
+        lines += [
+            f'<rect x="{left}" y="{y - 10:.1f}" width="12" height="12" rx="2" fill="{fill}" fill-opacity="{opacity}"/>',
+            f'<text x="{left + 20}" y="{y:.1f}">{_text(_short(str(owner), 26))}</text>',
+            f'<text x="{right}" y="{y:.1f}" text-anchor="end">{human(at_peak.get(owner, 0))}</text>',
+        ]
+    return lines
+
+
+def _doing(phase: PhaseResidency) -> str:
+    if not phase.operation:
+        return ""
+    return f", while {phase.component or 'the pipeline'} ran {phase.operation}"
+
+
+def _short(text: str, length: int) -> str:
+    """At most so many characters; nothing where not even five have room."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}" if length >= 5 else ""
+
+
+def _text(text: str) -> str:
+    """Escaped, without the characters that XML cannot hold."""
+    return escape("".join(character for character in text if character >= " "))
