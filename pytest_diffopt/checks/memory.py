@@ -145,7 +145,7 @@ def _offloading_problems(
     last = last_call(memory)
     for record in offloaded_components(given):
         stays = last.residency.get(record.name, 0)
-        if stays > stray(record.bytes) + _scales(given, record.name):
+        if stays > stray(record.bytes) + _stays_by_design(given, record.name):
             problems.append(f"{record.name} has not left the accelerator after the call")
             names = ", ".join(last.staying.get(record.name, ()))
             evidence.append(
@@ -274,11 +274,17 @@ def stray(weights_bytes: int) -> int:
     return max(int(STRAY_SHARE * weights_bytes), STRAY_BYTES)
 
 
-def _scales(given: Evidence, component: str) -> int:
-    """Bytes of a component's scales (absmax, SCB), which group offloading leaves where they are: it moves parameters only."""
-    if given.recipe.offloading is None or given.recipe.offloading.strategy != "group":
-        return 0
-    return sum(layer.state_bytes for layer in given.observation.layers if layer.component == component)
+def _stays_by_design(given: Evidence, component: str) -> int:
+    """Bytes of a component that its strategy does not move.
+
+    Group offloading moves parameters and buffers, not the scales of quantized weights (absmax, SCB); sequential offloading
+    moves parameters, and keeps buffers where the component runs.
+    """
+    strategy = given.recipe.offloading.strategy if given.recipe.offloading is not None else ""
+    if strategy == "group":
+        return sum(layer.state_bytes for layer in given.observation.layers if layer.component == component)
+    memory = given.observation.memory
+    return last_call(memory).buffers.get(component, 0) if strategy == "sequential" and memory is not None else 0
 
 
 def _may_stay(given: Evidence) -> int:

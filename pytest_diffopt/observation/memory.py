@@ -33,6 +33,7 @@ class MemoryWatch:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.ledger = ResidencyLedger(accelerator)
+        self._peak = Peak(accelerator)
         self._before: int | None = None
         self._load_peak = self._loaded = self._held = self._elsewhere_before = 0
         self._loaded_residency: dict[str, int] = {}
@@ -47,7 +48,7 @@ class MemoryWatch:
     def open(self) -> None:
         """Begin: what is allocated now belongs to others."""
         self._before = self._settled()
-        self.accelerator.reset_peak()
+        self._peak.__enter__()
         self._elsewhere_before = self.accelerator.elsewhere_bytes() or 0
         if self._before is not None:
             self.ledger.open(self._before)
@@ -55,7 +56,7 @@ class MemoryWatch:
     def loaded(self, components: Mapping[str, torch.nn.Module]) -> None:
         """The pipeline is prepared; these are its components."""
         if self.counts:
-            self._load_peak = self.accelerator.peak_bytes() or 0
+            self._load_peak = self._peak.bytes() or 0
             self._loaded = self._settled() or 0
             resident = {name: self._resident(module)[0] for name, module in components.items()}
             self._loaded_residency = {name: sum(blocks.values()) for name, blocks in resident.items()}
@@ -72,7 +73,7 @@ class MemoryWatch:
         """
         self._held = held_bytes
         if self.counts:
-            self.accelerator.reset_peak()
+            self._peak.begin()
             self._transferred = self.accelerator.transferred_bytes()
             self.ledger.phase(phase)
 
@@ -82,7 +83,7 @@ class MemoryWatch:
         """A call was made; ``held_bytes`` of results on the accelerator are held by the observation."""
         if not self.counts:
             return
-        peak = self.accelerator.peak_bytes() or 0
+        peak = self._peak.bytes() or 0
         moved = self.accelerator.transferred_bytes()
         begun = self._transferred
         resident = {name: self._resident(module) for name, module in components.items()}
@@ -94,6 +95,7 @@ class MemoryWatch:
                 residency={name: sum(blocks.values()) for name, (blocks, _) in resident.items()},
                 weights_bytes=sum({a: size for blocks, _ in resident.values() for a, size in blocks.items()}.values()),
                 staying={name: names for name, (_, names) in resident.items() if names},
+                buffers={name: size for name, module in components.items() if (size := self._resident_buffers(module))},
                 elsewhere_bytes=(self.accelerator.elsewhere_bytes() or 0) - self._elsewhere_before,
                 h2d_bytes=moved["h2d"] - begun["h2d"] if moved and begun else None,
                 d2h_bytes=moved["d2h"] - begun["d2h"] if moved and begun else None,
@@ -105,6 +107,7 @@ class MemoryWatch:
 
     def close(self) -> None:
         """End: what happens to the memory from here on is not this run's."""
+        self._peak.__exit__(None, None, None)
         self.ledger.close()
 
     def is_growing(self) -> bool:
@@ -144,6 +147,11 @@ class MemoryWatch:
                 blocks[storage.data_ptr()] = self.accelerator.allocated_bytes(storage.nbytes())
                 names.append(name)
         return blocks, tuple(names[:SHOWN])
+
+    def _resident_buffers(self, module: torch.nn.Module) -> int:
+        buffers = [buffer for buffer in module.buffers() if buffer.device.type == self.accelerator.kind]
+        storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers}
+        return sum(self.accelerator.allocated_bytes(size) for size in storages.values())
 
 
 class MemorySpan:

@@ -259,6 +259,7 @@ class CallMemory:
         residency: component → bytes of its weights that are on the accelerator after the call: parameters, buffers and
             the inner tensors of quantization.
         staying: component → the first few names of these. weights_bytes: of all of these, what components share once.
+        buffers: component → bytes of its buffers alone that are there.
         elsewhere_bytes: the highest during the call on other devices of the same kind, beyond what was there before.
         h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
         repeated: an extra call, the last one's again, made because memory had grown.
@@ -270,6 +271,7 @@ class CallMemory:
     residency: dict[str, int] = field(default_factory=dict)
     staying: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights_bytes: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
     elsewhere_bytes: int = 0
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None

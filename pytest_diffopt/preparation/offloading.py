@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,11 +28,19 @@ class Offloaded:
 
     kept_resident: tuple[str, ...] = ()
     _last_hooks: list[Any] = field(default_factory=list)
+    _folders: list[str] = field(default_factory=list)
 
     def after_call(self) -> None:
         """Let the last component of a call leave; a diffusers pipeline whose own method put the hooks does it itself."""
         for hook in self._last_hooks:
             hook.offload()
+
+    def clean_up(self) -> None:
+        """Delete what was written to disk, once the hooks are off."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the recipe's own folder, where nothing else is in it
+                os.rmdir(os.path.dirname(folder))
 
 
 def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> Offloaded:
@@ -50,7 +62,8 @@ def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading
         if name not in meant:
             module.to(device)
     if offloading.strategy == "group":
-        return _offload_groups(meant, offloading, device)
+        own_way = offloading.components is None and hasattr(pipeline, "enable_group_offload")
+        return _offload_groups(pipeline if own_way else None, meant, offloading, device)
     method = f"enable_{offloading.strategy}_cpu_offload"
     if offloading.components is None and hasattr(pipeline, method):
         getattr(pipeline, method)(device=str(device))
@@ -69,8 +82,12 @@ def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:
         pipeline.remove_all_hooks()
     for module in components.values():
         remove_hook_from_module(module, recurse=True)
-        for inner in module.modules():
-            registry: Any = getattr(inner, "_diffusers_hook", None)
+        registries: list[Any] = [getattr(inner, "_diffusers_hook", None) for inner in module.modules()]
+        for registry in registries:
+            for hook in getattr(registry, "hooks", {}).values():
+                if getattr(getattr(hook, "group", None), "_is_offloaded_to_disk", False):
+                    hook.group.onload_()  # the file alone has the weights
+        for registry in registries:
             for name in list(getattr(registry, "hooks", {})):
                 registry.remove_hook(name, recurse=False)
         if any(parameter.device.type not in ("cpu", "meta") for parameter in module.parameters()):
@@ -101,7 +118,10 @@ def _offload_leaves(meant: Mapping[str, torch.nn.Module], device: Any) -> Offloa
     return Offloaded()
 
 
-def _offload_groups(meant: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any) -> Offloaded:
+def _offload_groups(
+    pipeline: Any, meant: Mapping[str, torch.nn.Module], offloading: Offloading, device: Any
+) -> Offloaded:
+    """Groups of layers, through the pipeline's own call where it has one, else component by component."""
     import torch
     from diffusers.hooks import apply_group_offloading
 
@@ -115,11 +135,21 @@ def _offload_groups(meant: Mapping[str, torch.nn.Module], offloading: Offloading
         "record_stream": offloading.record_stream,
         "non_blocking": offloading.non_blocking,
         "low_cpu_mem_usage": offloading.low_cpu_mem_usage,
-        "offload_to_disk_path": offloading.offload_to_disk_path,
     }
-    for module in meant.values():
+    folder: str | None = None
+    if offloading.offload_to_disk_path is not None:
+        # a file that is there already is taken for the group's own, whatever is in it: each run gets a folder of its own
+        os.makedirs(offloading.offload_to_disk_path, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=offloading.offload_to_disk_path)
+    offloaded = Offloaded(_folders=[folder] if folder is not None else [])
+    if pipeline is not None:
+        pipeline.enable_group_offload(**kwargs, offload_to_disk_path=folder)
+        return offloaded
+    for name, module in meant.items():
+        # files are named after layers: those of two components with equal names would be one
+        kwargs["offload_to_disk_path"] = os.path.join(folder, name) if folder is not None else None
         if hasattr(module, "enable_group_offload"):
             module.enable_group_offload(**kwargs)  # type: ignore[operator]
         else:
             apply_group_offloading(module, **kwargs)
-    return Offloaded()
+    return offloaded

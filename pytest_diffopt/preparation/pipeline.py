@@ -104,6 +104,7 @@ class Prepared:
             compilation.uncompile(module, self.compiled_before)
         if self.recipe.offloading is not None:
             offloading.take_off(self.pipeline, self.components)
+            self.offloaded.clean_up()
 
     def detach(self) -> None:
         """Continue on a copy of what a factory returned, so that nothing more happens to the object itself."""

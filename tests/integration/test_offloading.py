@@ -88,7 +88,11 @@ def test_hooks_come_off_and_leave_the_modules_as_they_were(
         on_device = pair(x.to(device.device))
         put_on.after_call()
         assert on_device.device == device.device
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert bool(written) == (name == "disk")
         offloading.take_off(pair, pair.components)
+        put_on.clean_up()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert hooks_of(pair.components["first"]) == hooks_of(pair.components["second"]) == []
     after = pair.components["second"].state_dict()
     assert {value.device.type for value in after.values()} == {"cpu"}

@@ -295,6 +295,18 @@ def test_a_line_names_the_largest_and_sums_the_rest() -> None:
     assert memory._shares({}) == "nothing"
 
 
+@pytest.mark.parametrize(("strategy", "status"), [("sequential", "passed"), ("group", "failed"), ("model", "failed")])
+def test_sequential_offloading_may_leave_buffers_and_nothing_more(strategy: Any, status: str) -> None:
+    def verdict(stays: int) -> Verdict:
+        found = record(300_000, 300_000, stays={"transformer": stays})
+        calls = tuple(replace(call, buffers={"transformer": 20_000}) for call in found.calls)
+        return judge(replace(found, calls=calls), offloading=Offloading(strategy))
+
+    words = "transformer has not left the accelerator after the call"
+    assert (words in verdict(20_000).text) == (status == "failed")
+    failed_with(verdict(30_000), words)
+
+
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:
     verdict = judge(None, kind="cpu")
     assert verdict.status == "unverified"
