@@ -128,10 +128,12 @@ void check_same_device(const Tensor& first, const Tensor& other) {
       other.device(), "! (when checking arguments of a convolution)");
 }
 
-// torch decides the layout of a convolution's result from its backend, and FakeTensors foretell it in the same way:
-// whatever the host's kernel returned is brought into that layout, the strides of dimensions of size 1 as well.
+// FakeTensors foretell the layout of a convolution's result (see inductor.py) by the rule that holds for the host's
+// kernels and for cuDNN: channels last if the input or the weight is. Whatever the host's kernel returned is brought
+// into it, the strides of dimensions of size 1 as well.
 Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
-  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Overrideable);
+  if (!result.defined()) return result;
+  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Mkldnn);
   const Tensor laid_out = result.contiguous(format);
   const auto sizes = laid_out.sizes();
   if (format == c10::MemoryFormat::ChannelsLast)
@@ -172,7 +174,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   auto [by_input, by_weight, by_bias] = at::convolution_backward(
       host_grad, host_input, host_weight, IntArrayRef(bias_size), stride, padding, dilation, transposed,
       output_padding, groups, wanted);
-  return {aliases.device(by_input), aliases.device(by_weight), aliases.device(by_bias)};
+  return {
+      aliases.device(in_foretold_layout(by_input, input, weight)),
+      aliases.device(in_foretold_layout(by_weight, input, weight)), aliases.device(by_bias)};
 }
 
 // -------------------------------------------------------------------------------------------------- attention
