@@ -514,11 +514,6 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(plain.view(torch.uint8).tolist())
 
 
-def mixed(operands: Tensors) -> bool:
-    """Whether operands stand on several devices. A number in a host tensor goes with any."""
-    return len({t.device for t in operands if t.device.type == "sim" or t.dim() > 0}) > 1
-
-
 def run(
     program: Sequence[Step], after_step: Callable[[Twins], None] = Twins.compare, limit_bytes: int | None = None
 ) -> int:
@@ -560,7 +555,11 @@ def run_step(twins: Twins, name: str, numbers: tuple[int, ...]) -> bool:
         host = twins.host[at]
         if str(twins.device[at].device) != place:
             host = host.to("cpu", copy=True)
-        twins.add(host, twins.device[at].to(place))
+        try:
+            twins.add(host, twins.device[at].to(place))
+        except torch.OutOfMemoryError:
+            assert twins.limited
+            return False
         return True
     made = OPERATIONS[name]
     if made.operands > len(twins.host):
@@ -576,18 +575,18 @@ def run_step(twins: Twins, name: str, numbers: tuple[int, ...]) -> bool:
         return True
     full = twins.limited and isinstance(there, torch.OutOfMemoryError)
     if worked:
-        assert full or mixed(device) or not_alike(device), f"{name}: only the device raised {there!r}"
+        assert full or spread(device), f"{name}: only the device raised {there!r}"
         drop(twins, chosen, made.writes)
         return False
     assert isinstance(there, Exception), f"{name}: only the host raised {here!r}"
-    if not full and not mixed(device):
+    if not full and not spread(device):
         assert type(here) is type(there), f"{name}: {here!r} and {there!r}"
     drop(twins, chosen, made.writes)
     return False
 
 
-def not_alike(operands: Tensors) -> bool:
-    """Whether a host number stands where the device wants its own, as an out= or a table."""
+def spread(operands: Tensors) -> bool:
+    """Whether operands stand on several devices: then the device may refuse them, before any other mistake is found."""
     return len({t.device for t in operands}) > 1
 
 

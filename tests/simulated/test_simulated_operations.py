@@ -297,6 +297,17 @@ def test_gradients_have_the_bits_of_the_host(name: str) -> None:
     assert_same([g.contiguous() for g in host], [g.contiguous() for g in device])
 
 
+def test_noughts_that_autograd_never_writes_out_hold_no_memory(sim: Any) -> None:
+    x = n(64).to("sim").requires_grad_()
+    y = x.sgn().sum()
+    before = sim.memory_allocated()
+    (gradient,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert gradient._is_zerotensor()
+    assert sim.memory_allocated() == before
+    assert (gradient + 1).tolist() == [1.0] * 64
+    assert gradient.cpu().tolist() == [0.0] * 64
+
+
 IN_PLACE: dict[str, Callable[[torch.Tensor], Any]] = {
     "add_": lambda x: x.add_(1),
     "a slice": lambda x: x[1:].mul_(2),
