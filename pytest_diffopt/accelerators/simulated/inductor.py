@@ -5,6 +5,7 @@ Nothing is imported until torch imports its own compiler: :func:`register_with_c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
