@@ -20,7 +20,7 @@ if arguments == ["--version"]:
     print("quick 1.0")
     raise SystemExit
 with open({log!r}, "a") as log:
-    print(arguments[arguments.index("-o") + 1], file=log)
+    print(arguments[arguments.index("-o") + 1], *(a for a in arguments if a.startswith("-further")), file=log)
 time.sleep(0.05)
 pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("made")
 """
@@ -95,6 +95,19 @@ def test_another_torch_compiler_or_source_is_another_library(
     monkeypatch.setattr(build, "SOURCES", copied)
     keys.add(build.cache_key(compiler))
     assert len(keys) == 4
+
+
+def test_further_flags_make_another_library_and_reach_the_compiler_and_the_linker(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build.ensure_library()
+    before = len(made(log))
+    monkeypatch.setenv("DIFFOPT_SIM_CXXFLAGS", "-further-one '-further two'")
+    assert build.ensure_library() != plain
+    lines = log.read_text().splitlines()
+    assert not any("-further" in line for line in lines[:before])
+    assert all(line.endswith(".o -further-one -further two") for line in lines[before:-1])
+    assert lines[-1].endswith("device.so -further-one -further two")
 
 
 def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

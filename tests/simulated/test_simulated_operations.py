@@ -99,10 +99,21 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Inputs]] = {
     "conv2d, no bias, strided, dilated": (F.conv2d, lambda: [n(2, 4, 12, 12), n(6, 4, 3, 3), None, 2, 2, 2]),
     "conv2d, depthwise": (F.conv2d, lambda: [n(2, 4, 9, 9), n(4, 1, 3, 3), n(4), 1, 1, 1, 4]),
     "conv2d, channels last": (
-        lambda x, w: F.conv2d(
-            x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
-        ).contiguous(),
+        lambda x, w: F.conv2d(x.to(memory_format=torch.channels_last), w),
         lambda: [n(2, 4, 9, 9), n(6, 4, 3, 3)],
+    ),
+    "conv2d, weight channels last": (
+        lambda x, w: F.conv2d(x, w.to(memory_format=torch.channels_last), stride=2, padding=1),
+        lambda: [n(2, 4, 9, 9), n(6, 4, 3, 3)],
+    ),
+    "conv3d, channels last": (
+        # the host picks a kernel by size, and this one's is contiguous
+        lambda x, w: F.conv3d(x.to(memory_format=torch.channels_last_3d), w).contiguous(),
+        lambda: [n(1, 3, 6, 6, 6), n(4, 3, 3, 3, 3)],
+    ),
+    "conv_transpose2d, channels last": (
+        lambda x, w: F.conv_transpose2d(x.to(memory_format=torch.channels_last), w, None, 2),
+        lambda: [n(2, 4, 9, 9), n(4, 6, 3, 3)],
     ),
     "conv2d, bfloat16": (F.conv2d, lambda: [n(1, 4, 9, 9, dtype=torch.bfloat16), n(6, 4, 3, 3, dtype=torch.bfloat16)]),
     "conv2d, no batch": (F.conv2d, lambda: [n(4, 9, 9), n(6, 4, 3, 3)]),
@@ -286,6 +297,17 @@ def test_gradients_have_the_bits_of_the_host(name: str) -> None:
     assert_same([g.contiguous() for g in host], [g.contiguous() for g in device])
 
 
+def test_noughts_that_autograd_never_writes_out_hold_no_memory(sim: Any) -> None:
+    x = n(64).to("sim").requires_grad_()
+    y = x.sgn().sum()
+    before = sim.memory_allocated()
+    (gradient,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert gradient._is_zerotensor()
+    assert sim.memory_allocated() == before
+    assert (gradient + 1).tolist() == [1.0] * 64
+    assert gradient.cpu().tolist() == [0.0] * 64
+
+
 IN_PLACE: dict[str, Callable[[torch.Tensor], Any]] = {
     "add_": lambda x: x.add_(1),
     "a slice": lambda x: x[1:].mul_(2),
@@ -417,9 +439,25 @@ def test_a_convolutions_layout_is_the_one_that_fake_tensors_foretell(
     weight = n(6, shape[1], *[1] * (len(shape) - 2)).to("sim")
     weight = weight.to(memory_format=last if weight_too else torch.contiguous_format)
     real = convolve(x, weight)
+    backward = torch.ops.aten.convolution_backward
+    rest = [
+        None,
+        [1] * (len(shape) - 2),
+        [0] * (len(shape) - 2),
+        [1] * (len(shape) - 2),
+        False,
+        [0] * (len(shape) - 2),
+        1,
+    ]
+    gradients = backward(real, x, weight, *rest, [True, True, False])
     with FakeTensorMode() as mode:
-        fake = convolve(mode.from_tensor(x), mode.from_tensor(weight))
-    assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+        fake_x, fake_weight = mode.from_tensor(x), mode.from_tensor(weight)
+        fake = convolve(fake_x, fake_weight)
+        foretold = backward(fake, fake_x, fake_weight, *rest, [True, True, False])
+    for one, other in zip((real, *gradients[:2]), (fake, *foretold[:2]), strict=True):
+        assert (one.shape, one.stride()) == (other.shape, other.stride())
+    if (channels_last or weight_too) and shape[1] > 1 and shape[2] > 1:  # else a layout has two names
+        assert real.is_contiguous(memory_format=last)
 
 
 def test_sparse_results_are_refused_by_name() -> None:

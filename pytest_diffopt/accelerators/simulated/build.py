@@ -32,6 +32,8 @@ SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "device.so"
 # -O1: the arithmetic is torch's own, and -O2 takes a third longer to build for no call that is faster.
 FLAGS = ("-std=c++20", "-fPIC", "-O1", "-w", "-fvisibility=hidden", "-DAT_PER_OPERATOR_HEADERS")
+# More of them, for compiling and linking; each set is a library of its own in the cache.
+FLAGS_VARIABLE = "DIFFOPT_SIM_CXXFLAGS"
 
 _LOCK_SECONDS = 600.0
 # The longest first: with two processors they make the build's time.
@@ -84,6 +86,11 @@ def find_compiler() -> tuple[str, ...]:
     )
 
 
+def further_flags() -> tuple[str, ...]:
+    """``$DIFFOPT_SIM_CXXFLAGS``, as a shell would split it."""
+    return tuple(shlex.split(os.environ.get(FLAGS_VARIABLE, "")))
+
+
 def cache_key(compiler: tuple[str, ...]) -> str:
     """Of everything that a built library depends on."""
     said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
@@ -94,7 +101,7 @@ def cache_key(compiler: tuple[str, ...]) -> str:
         f"python={sys.implementation.cache_tag}",
         f"platform={sysconfig.get_platform()}",
         f"compiler={shlex.join(compiler)} {said.splitlines()[:1]}",
-        f"flags={FLAGS}",
+        f"flags={FLAGS + further_flags()}",
         *(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(SOURCES.iterdir()) if path.is_file()),
     ):
         digest.update(part.encode() + b"\0")
@@ -145,6 +152,7 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             f"-I{include}",
             f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}",
+            *further_flags(),
         ]
         done = 0
         say(f"building the simulated accelerator, once for torch {torch.__version__} (0 of {len(sources)})")
@@ -161,7 +169,7 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
         made = workplace / LIBRARY
         libraries = Path(torch.__file__).parent / "lib"
         linking = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10"]
-        _run([*compiler, "-shared", *map(str, objects), "-o", str(made), *linking])
+        _run([*compiler, "-shared", *further_flags(), *map(str, objects), "-o", str(made), *linking])
         checksum = workplace / f"{LIBRARY}.sha256"
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n", encoding="utf-8")
         os.replace(made, library)

@@ -5,6 +5,7 @@ Nothing is imported until torch imports its own compiler: :func:`register_with_c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,44 @@ def register_with_compilers() -> None:
     """Make Dynamo and Inductor know the device, each as soon as it is imported."""
     AfterImport(
         {
+            "torch._subclasses.fake_impls": lambda module: _foretell_convolutions(),
             "torch._dynamo.device_interface": lambda module: _register_interface(),
             # the last: the modules import each other
             "torch._inductor.compile_fx": lambda module: _register_inductor(),
         }
     ).start()
+
+
+def _foretell_convolutions() -> None:
+    """FakeTensors say of the device's convolutions what ``kernels.cpp`` does; torch says contiguous for a third party's."""
+    from torch._subclasses import fake_impls
+
+    aten = torch.ops.aten
+    backward = aten.convolution_backward.default
+    torch_c: Any = torch._C
+    like_the_host = torch_c._ConvBackend.Mkldnn
+    known: dict[Any, Any] = fake_impls.op_implementations_dict
+
+    def foretelling(original: Callable[..., Any]) -> Callable[..., Any]:
+        def convolution(fake_mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(fake_mode, func, *args, **kwargs)
+            at = 1 if func is backward else 0  # where input and weight stand
+            tensors = [
+                args[at + i] if len(args) > at + i else kwargs[name] for i, name in enumerate(("input", "weight"))
+            ]
+            if tensors[0].device.type != "sim" or tensors[1].dim() not in (4, 5):
+                return result
+            with fake_mode:
+                format = torch_c._conv_determine_backend_memory_format(*tensors, like_the_host)
+                if func is backward:
+                    return *(t if t is None else t.to(memory_format=format) for t in result[:2]), result[2]
+                return result.to(memory_format=format)
+
+        return convolution
+
+    for op in (aten.convolution.default, aten._convolution.default, aten._convolution.deprecated, backward):
+        if op in known:
+            known[op] = foretelling(known[op])
 
 
 def _register_interface() -> None:

@@ -172,6 +172,20 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
+// Structured operations: torch's composite kernel for a third party's device works out shapes, allocates and calls the
+// out= variant, which works them out again. The host's own kernel does it once.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getRegistrationsForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
+    const auto op = dispatcher.findOp(name);
+    // advanced indexing checks its own devices, in words of its own
+    if (name.getNamespace() != "aten" || takes_host_indices(name.name) || !op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU) ||
+        op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1))
+      continue;
+    m.impl(toString(name).c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
+}
+
 // bitsandbytes' kernels for a device that it does not know go through torch.compile and fall back in silence if that
 // fails; its kernels for the CPU are the ones to compare with.
 TORCH_LIBRARY_IMPL(bitsandbytes, PrivateUse1, m) {

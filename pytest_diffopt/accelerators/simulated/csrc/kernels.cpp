@@ -3,6 +3,7 @@
 #include <ATen/native/ConvUtils.h>
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/Resize.h>
+#include <ATen/native/TensorFactories.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_local_scalar_dense.h>
@@ -53,6 +54,18 @@ Tensor empty_strided(
   const Running running("aten::empty_strided");
   c10::DeviceGuard on(c10::device_or_default(device));
   return at::detail::empty_strided_generic(size, stride, device_allocator(), kKeys, c10::dtype_or_default(dtype));
+}
+
+// Autograd's noughts that are never written out: no memory stands behind them, here as on CUDA.
+Tensor efficient_zeros(
+    IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+    std::optional<c10::Device> device, std::optional<bool> pin) {
+  check_options(layout, pin);
+  c10::DeviceGuard on(c10::device_or_default(device));
+  at::native::ZeroTensorAllocator none(c10::Device(kSim, static_cast<c10::DeviceIndex>(current_device())));
+  return at::detail::empty_generic(
+      size, &none, kKeys | c10::DispatchKeySet(c10::DispatchKey::ZeroTensor), c10::dtype_or_default(dtype),
+      std::nullopt);
 }
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
@@ -128,10 +141,12 @@ void check_same_device(const Tensor& first, const Tensor& other) {
       other.device(), "! (when checking arguments of a convolution)");
 }
 
-// torch decides the layout of a convolution's result from its backend, and FakeTensors foretell it in the same way:
-// whatever the host's kernel returned is brought into that layout, the strides of dimensions of size 1 as well.
+// FakeTensors foretell the layout of a convolution's result (see inductor.py) by the rule that holds for the host's
+// kernels and for cuDNN: channels last if the input or the weight is. Whatever the host's kernel returned is brought
+// into it, the strides of dimensions of size 1 as well.
 Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
-  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Overrideable);
+  if (!result.defined()) return result;
+  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Mkldnn);
   const Tensor laid_out = result.contiguous(format);
   const auto sizes = laid_out.sizes();
   if (format == c10::MemoryFormat::ChannelsLast)
@@ -172,7 +187,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   auto [by_input, by_weight, by_bias] = at::convolution_backward(
       host_grad, host_input, host_weight, IntArrayRef(bias_size), stride, padding, dilation, transposed,
       output_padding, groups, wanted);
-  return {aliases.device(by_input), aliases.device(by_weight), aliases.device(by_bias)};
+  return {
+      aliases.device(in_foretold_layout(by_input, input, weight)),
+      aliases.device(in_foretold_layout(by_weight, input, weight)), aliases.device(by_bias)};
 }
 
 // -------------------------------------------------------------------------------------------------- attention
@@ -206,6 +223,7 @@ int64_t attention_choice(
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
+  m.impl("_efficientzerotensor", efficient_zeros);
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));

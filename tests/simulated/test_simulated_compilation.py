@@ -1,0 +1,106 @@
+"""torch.compile on the device: whole models, channels_last, max-autotune, quantized layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.SiLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.Upsample(scale_factor=2),
+        nn.ConvTranspose2d(16, 4, 3, padding=1),
+    ).to("sim")
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune"])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_compile_whole_in_either_layout(mode: str | None, format: torch.memory_format) -> None:
+    model = convolutions().to(memory_format=format)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to("sim").to(memory_format=format)
+    eager = model(x)
+    eager.square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    result = torch.compile(model, fullgraph=True, mode=mode)(x)
+    result.square().sum().backward()
+    assert eager.is_contiguous(memory_format=format)
+    assert (result.device, result.stride()) == (eager.device, eager.stride())
+    torch.testing.assert_close(result, eager, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_inductor_writes_code_for_the_device_and_does_not_fall_back(sim: Any) -> None:
+    """What is fused is one call of C++ code: only the convolutions are operations of the device."""
+    model = convolutions().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8).to("sim")
+    compiled = torch.compile(model, fullgraph=True)
+    compiled(x)
+    sim.reset_counts()
+    compiled(x)
+    fused = sim.kernel_count()
+    sim.reset_counts()
+    model(x)
+    assert 3 <= fused < sim.kernel_count()
+
+
+def test_a_unet_in_channels_last_compiles_whole_and_gives_the_eager_numbers() -> None:
+    pytest.importorskip("diffusers")
+    from diffusers import UNet2DConditionModel
+
+    from pytest_diffopt.replicas import ensure
+
+    unet = UNet2DConditionModel.from_pretrained(ensure("tiny-sd"), subfolder="unet", torch_dtype=torch.float32)
+    host = unet.eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=draw)
+    prompt = torch.randn(2, 8, unet.config.cross_attention_dim, generator=draw)
+    expected = host(latents, 3, prompt, return_dict=False)[0]
+    unet = host.to("sim").to(memory_format=torch.channels_last)
+    latents = latents.to("sim").to(memory_format=torch.channels_last)
+    unet.compile(fullgraph=True)
+    result = unet(latents, torch.tensor(3, device="sim"), prompt.to("sim"), return_dict=False)[0]
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layer", ["nf4", "int8", "int8 with outliers"])
+def test_quantized_layers_compile_whole(layer: str, backend: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 64)
+    made = (
+        bnb.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.bfloat16)
+        if layer == "nf4"
+        else bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False, threshold=6.0 if "outliers" in layer else 0.0)
+    )
+    made.load_state_dict(plain.state_dict())
+    model = nn.Sequential(made, nn.GELU()).to("sim").requires_grad_(False)
+    x = torch.randn(3, 128).to(torch.bfloat16 if layer == "nf4" else torch.float16)
+    x[0, 5] = 20.0  # an outlier
+    x = x.to("sim")
+    eager = model(x)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert result.device == torch.device("sim:0")
+    if backend == "aot_eager":
+        assert torch.equal(result, eager)
+    torch.testing.assert_close(result, eager, rtol=2e-2, atol=2e-2)
+    assert (eager - nn.functional.gelu(plain(x.float().cpu())).to("sim")).abs().mean() < 0.2
