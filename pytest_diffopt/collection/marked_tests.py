@@ -11,6 +11,7 @@ import pytest
 
 from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip, unverified
+from pytest_diffopt.report.html import attach_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY
 
 if TYPE_CHECKING:
@@ -187,8 +188,9 @@ def _judge(item: pytest.Item, markers: WatchMarkers, watch: CompileWatch) -> Non
 
 
 def tidied(item: pytest.Item, report: pytest.TestReport) -> pytest.TestReport:
-    """The report of an item: a skip of ours at the item's place, without torch's trace in its log."""
+    """The report of an item: a skip of ours at the item's place, a recipe's picture, no trace of torch in its log."""
     place_skip(item, report)
+    attach_picture(item, report)
     if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or _is_about_a_recipe(item)):
         report.sections = [(title, kept) for title, text in report.sections if (kept := _without_trace(title, text))]
     return report

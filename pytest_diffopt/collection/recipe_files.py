@@ -14,6 +14,7 @@ from pytest_diffopt.collection.known_faults import against_known_faults, known_f
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
+from pytest_diffopt.report.html import keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
 if TYPE_CHECKING:
@@ -84,11 +85,15 @@ class CheckItem(pytest.Item):
         )
 
     def runtest(self) -> None:
+        from pytest_diffopt.checks import checks_for
+
         verdict, observation = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
         verdict = against_known_faults(self.recipe, verdict, observation)
         self._write_down(verdict, observation)
         if observation is not None:
+            if self.name == ("memory" if "memory" in checks_for(self.recipe) else "parity"):  # once a recipe
+                keep_picture(self, observation, self.recipe.name)
             self.ihook.pytest_diffopt_verdict(verdict=verdict, observation=observation)
         if reason:
             pytest.xfail(reason)

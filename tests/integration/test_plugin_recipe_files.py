@@ -463,3 +463,28 @@ def test_known_faults_are_expected_with_their_cause_and_told_when_mended(
             "XFAIL known.recipes.toml::expected::parity - *known fault: no data",
         ]
     )
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_pytest_html_shows_the_residency_of_each_recipe(
+    run_pytest: RunPytest, pytester: pytest.Pytester, workers: str
+) -> None:
+    pytest.importorskip("pytest_html")
+    pytest.importorskip("xdist")
+    pytester.makepyfile(
+        factories="""
+        import torch
+
+        def model():
+            return torch.nn.Linear(4, 4)
+
+        def inputs(k):
+            return {"input": torch.ones(2, 4) * k}
+        """
+    )
+    table = '[recipe.small]\npipeline = "factories:model"\ncall = { inputs = "factories:inputs" }\n'
+    pytester.makefile(".recipes.toml", small=table)
+    result = run_pytest("--diffopt-device=sim", "--html=report.html", "--self-contained-html", "-n", workers)
+    assert result.ret == pytest.ExitCode.OK
+    page = (pytester.path / "report.html").read_text(encoding="utf-8")
+    assert page.count("&lt;svg") == 1
