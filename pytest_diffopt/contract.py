@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import PlainValidator
 from pydantic.dataclasses import dataclass
 
-from pytest_diffopt.errors import Problem
+from pytest_diffopt.byte_sizes import SIZES_ALLOWED, parse_bytes
 from pytest_diffopt.part import (
     CONFIG,
     Names,
@@ -20,39 +18,17 @@ from pytest_diffopt.part import (
     Positive,
     PositiveNumber,
     refused,
-    shown,
     with_every_mistake,
 )
 
 __all__ = ["Contract", "Limits", "derive", "parse_bytes"]
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_BYTES_ALLOWED = f"write bytes as an int, or a number with one of: {', '.join(_UNITS)}"
-
-
-def parse_bytes(value: str | int, name: str = "max_memory") -> int:
-    """``"12GiB"`` or ``"1.5 GB"`` in bytes (KB, MB, … are 1000s; KiB, MiB, … are 1024s). An int already is bytes.
-
-    Raises:
-        ValueError: for anything else, less than one byte included; ``name`` says what was wrong.
-    """
-    size = 0
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    elif isinstance(value, str):
-        match = re.fullmatch(rf"\s*([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)})\s*", value)
-        size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise ValueError(str(Problem(name, shown(value), _BYTES_ALLOWED)))
-    return size
 
 
 def _memory(value: Any) -> Any:
     try:
         parse_bytes(value)
     except ValueError:
-        raise refused(value, _BYTES_ALLOWED) from None
+        raise refused(value, SIZES_ALLOWED) from None
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pytest_diffopt.errors import Problem
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
 from pytest_diffopt.recipe import DynamoValue, Recipe, is_reference
+from pytest_diffopt.references import UnresolvedReference, resolve_callable
 from pytest_diffopt.replicas import Family, registry
 
 __all__ = ["problems_with_installation"]
@@ -79,25 +80,10 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
 
 
 def _reference_mistakes(location: Location, reference: str) -> Iterator[Mistake]:
-    module, _, attributes = reference.partition(":")
     try:
-        thing: Any = importlib.import_module(module)
-    except Exception as error:  # the module is the author's: its import may raise anything
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module}.".startswith(f"{missing}."):
-            yield Mistake(location, repr(reference), f"there is no module {missing!r} on sys.path")
-        else:
-            yield Mistake(location, repr(reference), f"importing {module!r} raised {type(error).__name__}: {error}")
-        return
-    holder = module
-    for attribute in attributes.split("."):
-        if not hasattr(thing, attribute):
-            near = did_you_mean(attribute, dir(thing)).strip()
-            yield Mistake(location, repr(reference), f"{holder!r} has no attribute {attribute!r}{near and '; '}{near}")
-            return
-        thing, holder = getattr(thing, attribute), f"{holder}.{attribute}"
-    if not callable(thing):
-        yield Mistake(location, repr(reference), f"{holder!r} is of type {type(thing).__name__}, which is not callable")
+        resolve_callable(reference)
+    except UnresolvedReference as error:
+        yield Mistake(location, repr(reference), str(error))
 
 
 def _backend_mistakes(location: Location, backend: str) -> Iterator[Mistake]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, overload
 import pytest
 
 from pytest_diffopt.accelerators import KINDS, Accelerator
+from pytest_diffopt.byte_sizes import parse_bytes
 from pytest_diffopt.errors import MarkerError
 
 if TYPE_CHECKING:
@@ -73,24 +73,6 @@ def _takes(what: str) -> Mapping[str, str]:
     return {"takes": what}
 
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def bytes_of(size: str | int) -> int:
-    """Bytes out of ``"12GiB"`` (powers of 1024), ``"12GB"`` (powers of 1000) or a number. Raises ValueError."""
-    if isinstance(size, bool) or not isinstance(size, str | int):
-        raise ValueError(size)
-    if isinstance(size, int):
-        if size < 0:
-            raise ValueError(size)
-        return size
-    if not (match := _SIZE.fullmatch(size)):
-        raise ValueError(size)
-    prefix = (match[2] or "").lower()
-    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** _POWERS[prefix.rstrip("i")])
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**20 else f"{size} bytes"
 
@@ -119,7 +101,7 @@ class RequiresGpu(Marker):
     def __post_init__(self) -> None:
         if self.min_memory is not None:
             try:
-                bytes_of(self.min_memory)
+                parse_bytes(self.min_memory)
             except ValueError:
                 raise self._reject("min_memory", self.min_memory) from None
         if self.capability is not None:
@@ -145,7 +127,7 @@ def unsupported(marker: RequiresGpu, accelerator: Accelerator) -> str | None:
     if not accelerator.is_simulated and marker.backends is not None and kind not in marker.backends:
         return f"requires_gpu: needs {' or '.join(marker.backends)}; the device in use is {kind}"
     if marker.min_memory is not None:
-        needed, total = bytes_of(marker.min_memory), accelerator.total_memory_bytes
+        needed, total = parse_bytes(marker.min_memory), accelerator.total_memory_bytes
         if total is None:
             return f"requires_gpu: needs {_gib(needed)}; {accelerator.name} ({kind}) does not say how much it has"
         if total < needed:
@@ -216,15 +198,13 @@ class MaxMemory(Marker):
 
     def __post_init__(self) -> None:
         try:
-            positive = bytes_of(self.limit) > 0
+            parse_bytes(self.limit)
         except ValueError:
-            positive = False
-        if not positive:
-            raise self._reject("limit", self.limit)
+            raise self._reject("limit", self.limit) from None
 
     @property
     def limit_bytes(self) -> int:
-        return bytes_of(self.limit)
+        return parse_bytes(self.limit)
 
 
 @dataclass(frozen=True, init=False)

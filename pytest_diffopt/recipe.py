@@ -10,12 +10,11 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib
 import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
@@ -48,6 +47,7 @@ from pytest_diffopt.part import (
     unknown_key,
     with_every_mistake,
 )
+from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -521,17 +521,11 @@ def _made(make: Callable[..., object], k: int) -> object:
 
 
 def _imported(reference: str) -> Callable[..., object]:
-    module, _, attribute = reference.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+        return resolve_callable(reference)
+    except UnresolvedReference as error:
         problem = Problem("call.inputs", repr(reference), f"it must be importable ({error})")
         raise RecipeError([problem], "Call.model_inputs(...)") from error
-    if not callable(found):
-        raise RecipeError([Problem("call.inputs", shown(found), "a callable")], "Call.model_inputs(...)")
-    return cast("Callable[..., object]", found)
 
 
 def _takes_one(function: Callable[..., object]) -> bool:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.checks.evidence import Evidence, counted
 
 if TYPE_CHECKING:
@@ -373,13 +374,3 @@ def growth(memory: MemoryRecord) -> tuple[float, float]:
     slope = sum(x * (y - middle) for x, y in zip(at, live, strict=True)) / spread
     rest = sum((y - middle - slope * x) ** 2 for x, y in zip(at, live, strict=True))
     return slope, math.sqrt(rest / (len(live) - 2) / spread)
-
-
-def human(count: int) -> str:
-    """Bytes for a person: ``"9.45 MiB"``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

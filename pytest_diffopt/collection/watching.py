@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_diffopt.checks.memory import human
+from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.markers import CompileFullgraph, MaxRecompiles, closest
 
 if TYPE_CHECKING:

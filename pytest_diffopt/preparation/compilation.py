@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.preparation.linear_layers import is_linear_like
+from pytest_diffopt.references import resolve_callable
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +48,8 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def resolve_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
-    """``"package.module:function"`` imported; anything else as it is."""
-    if not isinstance(backend, str) or ":" not in backend:
-        return backend
-    module, _, attribute = backend.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        found = getattr(found, part)
-    return found  # type: ignore[no-any-return]
+    """``"package.module:function"`` imported; anything else as it is. Raises UnresolvedReference."""
+    return resolve_callable(backend) if isinstance(backend, str) and ":" in backend else backend
 
 
 def compile_components(

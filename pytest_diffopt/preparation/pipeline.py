@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.preparation import compilation, offloading, quantization
+from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
     import torch
@@ -262,28 +263,18 @@ def _seed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def resolve_factory(path: str) -> Callable[..., Any]:
+def _factory(path: str) -> Callable[..., Any]:
     """The callable that ``"package.module:attribute"`` names. Raises PreparationError that says which part is wrong."""
-    module_name, _, attribute = path.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise PreparationError(
-            f"pipeline: found {path!r}, but module {module_name!r} does not import: {error}"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise PreparationError(f"pipeline: found {path!r}, but {module_name!r} has no {attribute!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise PreparationError(f"pipeline: found {path!r}, which is a {type(found).__name__} and cannot be called")
-    return found  # type: ignore[no-any-return]
+        return resolve_callable(path)
+    except UnresolvedReference as error:
+        raise PreparationError(f"pipeline: found {path!r}; {error}") from error
 
 
 def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
     import torch
 
-    factory = recipe.pipeline if callable(recipe.pipeline) else resolve_factory(recipe.pipeline)
+    factory = recipe.pipeline if callable(recipe.pipeline) else _factory(recipe.pipeline)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     offered: dict[str, Any] = {
         "recipe": recipe,

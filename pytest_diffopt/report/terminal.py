@@ -157,7 +157,7 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     longest = max((len(row["recipe"]) for row in rows), default=0)
-    table.add_column("recipe", overflow="fold", min_width=min(longest, _NAME_WIDTH))
+    table.add_column("recipe", overflow="fold", min_width=min(longest, _NAME_WIDTH, width // 5))
     for title, _ in columns:
         table.add_column(title, justify="right")
     table.add_column("verdict", overflow="fold")

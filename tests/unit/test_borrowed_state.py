@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "torch.nn global module hooks": lambda: torch.nn.modules.module.register_module_forward_hook(print),
     "torch random": lambda: torch.manual_seed(12345),
     "environment variables TORCHDYNAMO_MADE_UP": lambda: __import__("os").environ.update(TORCHDYNAMO_MADE_UP="1"),
-    "logging levels diffusers": lambda: __import__("logging").getLogger("diffusers").setLevel(7),
+    "logging levels torch": lambda: logging.getLogger("torch").setLevel(7),
     "working directory": lambda: __import__("os").chdir("/"),
     "torch.backends.cudnn.enabled": lambda: setattr(torch.backends.cudnn, "enabled", False),
     "torch autocast cache": lambda: torch.set_autocast_cache_enabled(False),

@@ -18,7 +18,6 @@ from pytest_diffopt.markers import (
     QuantizationMarker,
     Recipes,
     RequiresGpu,
-    bytes_of,
     compile_fullgraph,
     max_recompiles,
     quantization,
@@ -129,14 +128,6 @@ def test_the_quantization_marker_makes_a_recipe() -> None:
     assert made.quantization is not None
     assert tuple(made.quantization.components or ()) == ("transformer",)
     assert dict(made.quantization.kwargs) == {"bnb_4bit_quant_type": "nf4"}
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [("12GiB", 12 * GIB), ("12 GB", 12 * 10**9), ("512MiB", 2**29), ("1.5GiB", 3 * 2**29), (7, 7), ("7", 7), ("7B", 7)],
-)
-def test_sizes_are_read_with_their_units(size: Any, expected: int) -> None:
-    assert bytes_of(size) == expected
 
 
 # The accelerator.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_diffopt import Contract, Offloading, Quantization, Recipe, Verdict
+from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.checks import memory
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.contract import derive
@@ -322,4 +323,4 @@ def test_without_a_run_to_compare_with_it_is_unverified() -> None:
 
 @pytest.mark.parametrize(("count", "shown"), [(0, "0 B"), (1536, "1.50 KiB"), (3 << 30, "3.00 GiB")])
 def test_bytes_for_a_person(count: int, shown: str) -> None:
-    assert memory.human(count) == shown
+    assert human(count) == shown

@@ -34,7 +34,9 @@ LAYERS = (
     ("strategies", "recipe_loading"),
     ("recipe",),
     ("contract",),
+    ("references",),
     ("part",),
+    ("byte_sizes",),
     ("errors", "user_cache"),
 )
 NOT_YET = {"baseline", "forecasting"}

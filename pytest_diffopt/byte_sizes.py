@@ -1,0 +1,40 @@
+"""Sizes in bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from pytest_diffopt.errors import Problem
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZES_ALLOWED = f"write bytes as an int, or a number with one of: {', '.join(_UNITS)}"
+
+
+def parse_bytes(value: str | int, name: str = "max_memory") -> int:
+    """``"12GiB"`` or ``"1.5 GB"`` in bytes (KB, MB, … are 1000s; KiB, MiB, … are 1024s). An int already is bytes.
+
+    Raises:
+        ValueError: for anything else, less than one byte included; ``name`` says what was wrong.
+    """
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        match = re.fullmatch(rf"\s*([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)})\s*", value)
+        size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        found = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+        raise ValueError(str(Problem(name, found, SIZES_ALLOWED)))
+    return size
+
+
+def human(count: int) -> str:
+    """Bytes for a person: ``"9.45 MiB"``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
