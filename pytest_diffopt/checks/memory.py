@@ -10,6 +10,7 @@ is unverified.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ STRAY_SHARE, STRAY_BYTES = 0.001, 4096
 CACHED_SHARE = 0.02
 """Of resident weights a pipeline may keep beside them: masks, positions, embeddings of a prompt, a scheduler's steps."""
 
+ENOUGH_REPEATS = 3
+"""Of a call, to tell a slope and its error."""
+
 SMALLEST_BLOCK = 32
 """Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
 
@@ -63,9 +67,11 @@ def judge(given: Evidence) -> Verdict:
         "h2d_bytes": last_call(memory).h2d_bytes,
         "d2h_bytes": last_call(memory).d2h_bytes,
     }
-    if given.recipe.offloading is None:
-        return _judge_resident(given, memory, figures)
-    return _judge_offloaded(given, memory, figures)
+    verdict = (_judge_resident if given.recipe.offloading is None else _judge_offloaded)(given, memory, figures)
+    if verdict.status == "passed" and (grown := _grown_untold(memory)):
+        why = f"a warm call left {human(grown)} more than the one before it, and could not be repeated to tell why"
+        return given.unverified(NAME, why, evidence=given.observation.notes[-1:], **figures)
+    return verdict
 
 
 def _judge_resident(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> Verdict:
@@ -360,13 +366,21 @@ def left_behind(memory: MemoryRecord) -> int:
     return max(0, last.live_bytes - memory.before_bytes - last.weights_bytes)
 
 
+def _grown_untold(memory: MemoryRecord) -> int:
+    """Bytes that a warm call left more than the one before it, where no repeated calls tell a leak from what is kept."""
+    if sum(call.repeated for call in memory.calls) >= ENOUGH_REPEATS:
+        return 0
+    live = [call.live_bytes for call in memory.calls[1:]]
+    return max((later - earlier for earlier, later in itertools.pairwise(live)), default=0)
+
+
 def growth(memory: MemoryRecord) -> tuple[float, float]:
     """(bytes that each call adds, the standard error of that), by least squares over calls that were repeated unchanged.
 
     Calls are repeated where a warm call left more than the one before; where none did nothing grows.
     """
     live = [call.live_bytes for call in memory.calls if call.repeated]
-    if len(live) < 3:
+    if len(live) < ENOUGH_REPEATS:
         return 0.0, 0.0
     at = [index - (len(live) - 1) / 2 for index in range(len(live))]
     middle = sum(live) / len(live)

@@ -240,7 +240,10 @@ class _Run:
                 self._sensitivity_call(prepared)
             except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
                 self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
-        self._call_again_where_memory_grew(prepared)
+        try:
+            self._call_again_where_memory_grew(prepared)
+        except Exception as error:  # the recipe's own calls are made: these are ours
+            self.notes.append(f"the last call could not be repeated: {type(error).__name__}: {error}")
         self._compare_layers(prepared)
         for name in state.random_changed(random_before, self.random_after):
             self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))

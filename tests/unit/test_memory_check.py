@@ -141,6 +141,14 @@ def test_growth_over_calls_is_found() -> None:
     failed_with(every_other, "memory grows by 326 B ± 42 B a call, over 6 repeated calls")
 
 
+def test_growth_that_no_repeated_call_explains_is_unverified() -> None:
+    found = record(860_000, 860_000, 860_000)
+    last = replace(found.calls[-1], live_bytes=found.calls[-1].live_bytes + 64)
+    verdict = judge(replace(found, calls=(*found.calls[:-1], last)))
+    assert verdict.status == "unverified"
+    assert "a warm call left 64 B more than the one before it, and could not be repeated" in verdict.sentence
+
+
 @pytest.mark.parametrize("grown", [(), (600, 600, 600, 600), (600, 1_200, 600, 1_200), (0, 600, 600, 600)])
 def test_what_is_kept_once_or_comes_and_goes_is_no_growth(grown: tuple[int, ...]) -> None:
     assert judge(record(860_000, 860_000, 860_000, grown=grown)).status == "passed"
