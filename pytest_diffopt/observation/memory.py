@@ -39,6 +39,7 @@ class MemoryWatch:
         self._loaded_residency: dict[str, int] = {}
         self._transferred: dict[str, int] | None = None
         self._calls: list[CallMemory] = []
+        self._frozen = False
 
     @property
     def counts(self) -> bool:
@@ -47,7 +48,14 @@ class MemoryWatch:
 
     def open(self) -> None:
         """Begin: what is allocated now belongs to others."""
-        self._before = self._settled()
+        live = self.accelerator.live_bytes()
+        if live:
+            self._settled()  # what earlier runs left in cycles is not this one's
+        if live is not None and not gc.get_freeze_count():
+            # half a million objects of the libraries need not be looked at after every call
+            gc.freeze()
+            self._frozen = True
+        self._before = self.accelerator.live_bytes()
         self._peak.__enter__()
         self._elsewhere_before = self.accelerator.elsewhere_bytes() or 0
         if self._before is not None:
@@ -109,6 +117,9 @@ class MemoryWatch:
         """End: what happens to the memory from here on is not this run's."""
         self._peak.__exit__(None, None, None)
         self.ledger.close()
+        if self._frozen:
+            gc.unfreeze()
+            self._frozen = False
 
     def is_growing(self) -> bool:
         """Whether a warm call left more than the one before it: a leak, or something that is kept once."""
