@@ -316,6 +316,12 @@ def test_sequential_offloading_may_leave_buffers_and_nothing_more(strategy: Any,
     failed_with(verdict(30_000), words)
 
 
+def test_a_budget_holds_for_the_cold_call_too() -> None:
+    contract = Contract(max_memory="900KB")
+    assert judge(record(870_000, 860_000, 860_000), contract=contract).status == "passed"
+    failed_with(judge(record(910_000, 860_000, 860_000), contract=contract), "the peak of a call is 888.67 KiB")
+
+
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:
     verdict = judge(None, kind="cpu")
     assert verdict.status == "unverified"
