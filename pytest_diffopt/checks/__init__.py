@@ -29,7 +29,8 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
         names += ["engagement", "graph_breaks", "recompiles"]
     if recipe.quantization is not None:
         names.append("quantization")
-    if recipe.offloading is not None or recipe.quantization is not None or recipe.contract.max_memory is not None:
+    limited = recipe.contract.max_memory is not None or recipe.contract.max_memory_ratio is not None
+    if recipe.offloading is not None or recipe.quantization is not None or limited:
         names.append("memory")
     return (*names, "parity", "state")
 

@@ -81,6 +81,10 @@ def _judge_resident(given: Evidence, memory: MemoryRecord, figures: dict[str, An
     problems, evidence = _common_problems(given, memory, figures)
     if problems:
         return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
+    if given.limits.max_memory_ratio is not None:
+        return given.unverified(
+            NAME, "max_memory_ratio is against a run without offloading, and this is one", **figures
+        )
     weights = "weights, as large as their formats say," if given.recipe.quantization is not None else "weights"
     return given.passed(
         NAME,

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_diffopt import Contract, Offloading, Quantization, Recipe, Verdict
 from pytest_diffopt.byte_sizes import human
-from pytest_diffopt.checks import memory
+from pytest_diffopt.checks import checks_for, memory
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.contract import derive
 from pytest_diffopt.observation.observation import (
@@ -314,6 +314,14 @@ def test_sequential_offloading_may_leave_buffers_and_nothing_more(strategy: Any,
     words = "transformer has not left the accelerator after the call"
     assert (words in verdict(20_000).text) == (status == "failed")
     failed_with(verdict(30_000), words)
+
+
+def test_a_ratio_without_offloading_has_nothing_to_compare_with() -> None:
+    recipe = Recipe("r", "tiny-flux", contract=Contract(max_memory_ratio=0.9))
+    assert "memory" in checks_for(recipe)
+    limits = derive(recipe.contract, compilations=(), offloading=None)
+    verdict = memory.judge(Evidence(recipe, observation(RESIDENT), limits))
+    assert verdict.status == "unverified"
 
 
 def test_a_budget_holds_for_the_cold_call_too() -> None:
