@@ -44,8 +44,8 @@ class Contract(Part):
         max_recompiles_after_warmup: total over the calls that follow the warm-up.
         warmup_calls: how many calls are the warm-up.
         parity_multiple: how many times the measured floor the output may differ from the reference's.
-        max_memory_ratio: peak bytes of the call, against the reference without offloading.
-        max_memory: peak bytes of the call, as an int or like ``"12GiB"``.
+        max_memory_ratio: peak bytes of the warm calls, against the reference without offloading.
+        max_memory: peak bytes of any call, the first one too, as an int or like ``"12GiB"``.
 
     Raises:
         RecipeError: with every wrong field.

@@ -174,14 +174,15 @@ class Peak:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._highest = 0
+        self._highest = self._elsewhere = 0
         self._borrowed = contextlib.ExitStack()
 
     def __enter__(self) -> Peak:
         import torch
 
         if self._accelerator.peak_bytes() is not None:
-            for holder in (self._accelerator._module, torch.accelerator):
+            modules = (self._accelerator._module, torch.accelerator)
+            for holder in (*modules, *(m.memory for m in modules if hasattr(m, "memory"))):
                 for name in _RESETS:
                     if hasattr(holder, name):
                         self._borrowed.callback(setattr, holder, name, getattr(holder, name))
@@ -195,17 +196,23 @@ class Peak:
     def begin(self) -> None:
         """A new span begins now."""
         self._accelerator.reset_peak()
-        self._highest = 0
+        self._highest = self._elsewhere = 0
 
     def bytes(self) -> int | None:
         """The peak of the span so far."""
         now = self._accelerator.peak_bytes()
         return None if now is None else max(now, self._highest)
 
+    def elsewhere_bytes(self) -> int | None:
+        """The peak of the span so far on the other devices of the kind; see :meth:`Accelerator.elsewhere_bytes`."""
+        now = self._accelerator.elsewhere_bytes()
+        return None if now is None else max(now, self._elsewhere)
+
     def _noting(self, reset: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(reset)
         def note_and_reset(*args: Any, **kwargs: Any) -> Any:
             self._highest = self.bytes() or 0
+            self._elsewhere = self.elsewhere_bytes() or 0
             return reset(*args, **kwargs)
 
         return note_and_reset

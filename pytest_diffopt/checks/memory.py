@@ -2,17 +2,18 @@
 
 What must be saved is derived from the sizes of the recipe's own components, never from megabytes that somebody measured on
 another card. Not fooled by: a state object that keeps a weight alive on the device though its parameter has left; a dense
-copy beside a quantized weight; the peak of loading mistaken for the call's; a pipeline that never ran on the accelerator, and
-so has a low peak; memory on another device of the same kind; something kept once mistaken for a leak, or a leak for that; what
-components share counted twice; a reference that is offloaded itself; a host that has no memory of its own: there the verdict
-is unverified.
+copy beside a quantized weight; the peak of loading mistaken for the call's; a pipeline or a part of it that never ran on the
+accelerator, and so has a low peak; layers that were to come in turn and come all at once; what stays after one of the calls
+only; memory on another device of the same kind; something kept once mistaken for a leak, or a leak for that; a peak that
+grows while nothing stays; what components share counted twice; a reference that is offloaded itself; a host that has no
+memory of its own: there the verdict is unverified.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.byte_sizes import human
@@ -47,6 +48,12 @@ ENOUGH_REPEATS = 3
 SMALLEST_BLOCK = 32
 """Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
 
+REPEATS_JUDGED = 6
+"""Of repeated calls: what was kept once, or a ring of buffers until it was full, lies before them."""
+
+LEVEL = 4
+"""Calls in a row after which as much is there as before: nothing grows, not even at every third call."""
+
 SHARES_SHOWN = 6
 """Owners of memory that a line of evidence names."""
 
@@ -69,7 +76,7 @@ def judge(given: Evidence) -> Verdict:
     }
     verdict = (_judge_resident if given.recipe.offloading is None else _judge_offloaded)(given, memory, figures)
     if verdict.status == "passed" and (grown := _grown_untold(memory)):
-        why = f"a warm call left {human(grown)} more than the one before it, and could not be repeated to tell why"
+        why = f"a call left {human(grown)} more than the one before it, and could not be repeated to tell why"
         return given.unverified(NAME, why, evidence=given.observation.notes[-1:], **figures)
     return verdict
 
@@ -96,6 +103,9 @@ def _judge_resident(given: Evidence, memory: MemoryRecord, figures: dict[str, An
 def _judge_offloaded(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> Verdict:
     resident = given.resident
     if resident is None or resident.failure is not None or resident.memory is None or not resident.memory.calls:
+        problems, evidence = _common_problems(given, memory, figures)  # these need nothing to compare with
+        if problems:
+            return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
         why = resident.failure if resident is not None and resident.failure is not None else "it was not observed"
         return given.unverified(NAME, f"there is no run without offloading to compare with: {why}")
     figures |= {
@@ -151,53 +161,85 @@ def _offloading_problems(
             f"it did not run on the accelerator"
         )
         evidence.append("something keeps the computation on the host: look at the devices of weights and inputs")
-    last = last_call(memory)
     for record in offloaded_components(given):
-        stays = last.residency.get(record.name, 0)
-        if stays > stray(record.bytes) + _stays_by_design(given, record.name):
-            problems.append(f"{record.name} has not left the accelerator after the call")
-            names = ", ".join(last.staying.get(record.name, ()))
+        stayed = [
+            call
+            for call in own_calls(memory)
+            if call.residency.get(record.name, 0) > stray(record.bytes) + _stays_by_design(given, call, record.name)
+        ]
+        if stayed:
+            names = ", ".join(stayed[-1].staying.get(record.name, ()))
+            stays = human(stayed[-1].residency[record.name])
+            problems.append(f"{record.name} has not left the accelerator after {_which(memory, stayed[-1])}")
             evidence.append(
-                f"{record.name}: {human(stays)} of its {human(record.bytes)} stay{f': {names}, …' if names else ''}"
+                f"{record.name}: {stays} of its {human(record.bytes)} stay{f': {names}, …' if names else ''}"
             )
+    for name, whole in _whole_at_once(given, memory):
+        problems.append(f"all {human(whole)} of {name} were on the accelerator at once, though its layers come in turn")
+        evidence.append(
+            "something moves the component as a whole: a hook that onloads all of it, or .to() in the pipeline"
+        )
     return problems, evidence
 
 
 def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(what no recipe may do, where and what to try)."""
     limits = given.limits
+    peak = figures["call_peak_bytes"]
     problems: list[str] = []
     evidence: list[str] = []
-    if limits.max_memory_bytes is not None and memory.call_peak_bytes > limits.max_memory_bytes:
-        # a budget holds for the cold call too
-        highest = f"the peak of a call is {human(memory.call_peak_bytes)}"
-        problems.append(f"{highest}, {human(limits.max_memory_bytes)} allowed")
-        evidence += at_the_peak(memory)
-    left = figures["left_bytes"]
-    if left > _may_stay(given):
+    first = own_calls(memory)[0].peak_bytes - memory.before_bytes
+    if limits.max_memory_bytes is not None and max(peak, first) > limits.max_memory_bytes:
+        # a device that is full in the first call never gets to the second
+        which, most = ("a call", peak) if peak > limits.max_memory_bytes else ("the first call", first)
+        problems.append(f"the peak of {which} is {human(most)}, {human(limits.max_memory_bytes)} allowed")
+        if human(most) == human(limits.max_memory_bytes):
+            problems[-1] += f" ({most - limits.max_memory_bytes} B more)"
+        evidence += at_the_peak(memory, own_calls(memory)[:1] if which == "the first call" else ())
+    over = [call for call in own_calls(memory) if _left_after(memory, call) > _may_stay(given)]
+    if over:
+        left, which = human(_left_after(memory, over[-1])), _which(memory, over[-1])
         if given.recipe.offloading is None:
-            problems.append(f"{human(left)} stay on the accelerator after the call beside the weights")
+            problems.append(f"{left} stay on the accelerator after {which} beside the weights")
             evidence.append("something keeps tensors alive: a dense copy beside a quantized weight, a cache, an output")
         else:
-            problems.append(f"{human(left)} stay on the accelerator after the call, though every parameter has left")
+            problems.append(f"{left} stay on the accelerator after {which}, though every parameter has left")
             evidence.append(
                 "an object beside the parameters keeps tensors alive: a quantization state, a cache, a hook"
             )
-        evidence += after_the_last_call(memory)
-    per_call, error = growth(memory)
-    if per_call - 2 * error > 0:
-        calls = counted(sum(call.repeated for call in memory.calls), "repeated call")
-        uncertain = f" ± {human(math.ceil(error))}" if error else ""
-        problems.append(f"memory grows by {human(math.ceil(per_call))}{uncertain} a call, over {calls}")
-        live = [call.live_bytes - memory.before_bytes for call in memory.calls]
-        evidence.append(f"after each call: {', '.join(map(human, live))}")
-        evidence += who_grows(memory)
-    if elsewhere := max(call.elsewhere_bytes for call in memory.calls):
+        evidence += after_call(memory, over[-1])
+    more, further = _growth_problems(memory)
+    problems, evidence = problems + more, evidence + further
+    if (elsewhere := max(call.elsewhere_bytes for call in memory.calls)) > 0:
         problems.append(f"{human(elsewhere)} on another device of the same kind, which the recipe does not use")
+    for name in _on_the_host(given, memory):
+        problems.append(f"{name} ran with none of its weights on the accelerator: it computed on the host")
+        evidence.append(f"{name}: look at the devices of its weights and inputs")
     evidence += (oversized := _larger_than_their_format(given.observation.layers))[:3]
     if oversized:
         problems.append(f"{counted(len(oversized), 'quantized layer')} larger than the format says")
     return problems, evidence
+
+
+def _growth_problems(memory: MemoryRecord) -> tuple[list[str], list[str]]:
+    """(what each further call adds, how it went on)."""
+    per_call, error = growth(memory)
+    repeats = [call for call in memory.calls if call.repeated][-REPEATS_JUDGED:]
+    if per_call - 2 * error > 0:
+        problem = f"memory grows by {_measured(per_call, error)} a call, over {counted(len(repeats), 'repeated call')}"
+        live = [call.live_bytes for call in memory.calls]
+        beyond = ", ".join(human(count - min(live)) for count in live)
+        return [problem], [f"after each call, beyond the least: {beyond}", *who_grows(memory)]
+    per_call, error = peak_growth(memory)
+    if per_call - 2 * error > 0:
+        problem = f"the peak of a call grows by {_measured(per_call, error)} a call, though no more stays after it"
+        peaks = ", ".join(human(call.peak_bytes - memory.before_bytes) for call in memory.calls)
+        return [problem], [f"peak of each call: {peaks}", *at_the_peak(memory, memory.calls[-1:])]
+    return [], []
+
+
+def _measured(per_call: float, error: float) -> str:
+    return human(math.ceil(per_call)) + (f" ± {human(math.ceil(error))}" if error else "")
 
 
 def _larger_than_their_format(layers: tuple[Layer, ...]) -> list[str]:
@@ -231,25 +273,39 @@ def last_call(memory: MemoryRecord) -> CallMemory:
     return next((call for call in reversed(memory.calls) if not call.repeated), memory.calls[-1])
 
 
+def own_calls(memory: MemoryRecord) -> list[CallMemory]:
+    """The recipe's own calls and the sensitivity run, the cold one first."""
+    return [call for call in memory.calls if not call.repeated] or list(memory.calls)
+
+
 def call_peak(memory: MemoryRecord) -> int:
     """The peak of the warm calls, in bytes, above what was there before the pipeline; of the first where it is alone."""
-    calls = memory.calls[1:] or memory.calls
+    calls = own_calls(memory)[1:] or own_calls(memory)
     return max(call.peak_bytes for call in calls) - memory.before_bytes
 
 
-def at_the_peak(memory: MemoryRecord) -> list[str]:
-    """A line that says who held what when the warm calls peaked, and what ran; none where the device does not tell."""
-    phases = _phases_of_calls(memory)
+def _which(memory: MemoryRecord, call: CallMemory) -> str:
+    return "the call" if call is last_call(memory) else f"call {call.call}"
+
+
+def at_the_peak(memory: MemoryRecord, calls: Sequence[CallMemory] = ()) -> list[str]:
+    """A line that says who held what when the calls peaked, and what ran; none where the device does not tell.
+
+    Args:
+        calls: the warm ones where none are given.
+    """
+    among = calls or own_calls(memory)[1:] or own_calls(memory)
+    phases = [pair for pair in _phases_of_calls(memory) if any(pair[0] is call for call in among)]
     if memory.residency is None or not phases:
         return []
-    _, phase = max(phases[1:] or phases, key=lambda pair: pair[0].peak_bytes)
+    _, phase = max(phases, key=lambda pair: pair[0].peak_bytes)
     by = f", while {phase.component or 'the pipeline'} ran {phase.operation}" if phase.operation else ""
     return [f"at the peak ({phase.phase}{by}): {_shares(memory.residency.at(phase.peak_at))}"]
 
 
-def after_the_last_call(memory: MemoryRecord) -> list[str]:
-    """A line that says whose bytes were there after the last call of the recipe; none where the device does not tell."""
-    ends = [phase for call, phase in _phases_of_calls(memory) if call is last_call(memory)]
+def after_call(memory: MemoryRecord, call: CallMemory) -> list[str]:
+    """A line that says whose bytes were there after a call; none where the device does not tell."""
+    ends = [phase for one, phase in _phases_of_calls(memory) if one is call]
     if memory.residency is None or not ends:
         return []
     return [f"after {ends[0].phase}: {_shares(memory.residency.at(ends[0].last))}"]
@@ -284,7 +340,7 @@ def stray(weights_bytes: int) -> int:
     return max(int(STRAY_SHARE * weights_bytes), STRAY_BYTES)
 
 
-def _stays_by_design(given: Evidence, component: str) -> int:
+def _stays_by_design(given: Evidence, call: CallMemory, component: str) -> int:
     """Bytes of a component that its strategy does not move.
 
     Group offloading moves parameters and buffers, not the scales of quantized weights (absmax, SCB); sequential offloading
@@ -293,8 +349,7 @@ def _stays_by_design(given: Evidence, component: str) -> int:
     strategy = given.recipe.offloading.strategy if given.recipe.offloading is not None else ""
     if strategy == "group":
         return sum(layer.state_bytes for layer in given.observation.layers if layer.component == component)
-    memory = given.observation.memory
-    return last_call(memory).buffers.get(component, 0) if strategy == "sequential" and memory is not None else 0
+    return call.buffers.get(component, 0) if strategy == "sequential" else 0
 
 
 def _may_stay(given: Evidence) -> int:
@@ -306,7 +361,7 @@ def _may_stay(given: Evidence) -> int:
         kept = left_behind(without) if without is not None and without.calls else 0
         return stray(total) + min(kept, int(CACHED_SHARE * total))
     # a dense copy is as large as its layer at least; smaller things a pipeline may well keep
-    dense = max((2 * layer.parameters for layer in given.observation.layers if layer.format), default=0)
+    dense = min((2 * layer.parameters for layer in given.observation.layers if layer.format), default=0)
     return max(int(CACHED_SHARE * total), int(0.9 * dense), STRAY_BYTES)
 
 
@@ -341,7 +396,7 @@ def promised_saving(given: Evidence) -> int:
 def _least_peak(given: Evidence) -> tuple[int, str]:
     """(bytes that must be on the accelerator at once, what they are), of the components that returned something."""
     offloading = given.recipe.offloading
-    ran = {output.component for output in given.observation.outputs}
+    ran = _ran(given)
     sizes = {record.name: record.bytes for record in offloaded_components(given) if record.name in ran}
     if offloading is None or not sizes:
         return 0, ""
@@ -351,6 +406,49 @@ def _least_peak(given: Evidence) -> tuple[int, str]:
     layers = [layer for layer in given.observation.layers if layer.component in sizes]
     largest = max(layers, key=lambda layer: layer.weight_bytes, default=None)
     return (largest.weight_bytes, f"{largest.component}.{largest.path}") if largest is not None else (0, "")
+
+
+def _ran(given: Evidence, call: int | None = None) -> set[str]:
+    """The components that returned something, in any call or in one; of a model, its one component."""
+    names = {output.component for output in given.observation.outputs if call in (None, output.call)}
+    records = given.observation.components
+    return names | ({records[0].name} if "" in names and len(records) == 1 else set())
+
+
+def _on_the_host(given: Evidence, memory: MemoryRecord) -> list[str]:
+    """Components that ran in a call in which none of their weights were on the accelerator; none where it does not tell."""
+    offloading = given.recipe.offloading
+    # CUDA's history has no copies, and a file is no host memory: weights that come and go count as working memory there
+    untold = given.observation.accelerator != "sim" or (offloading is not None and offloading.offload_to_disk_path)
+    found: dict[str, None] = {}
+    for call, phase in _phases_of_calls(memory):
+        for record in given.observation.components if not call.repeated else ():
+            there = phase.weights.get(record.name, 0) or (untold and phase.working.get(record.name, 0))
+            if record.own_bytes and not there and record.name in _ran(given, call.call):
+                found[record.name] = None
+    return list(found)
+
+
+def _whole_at_once(given: Evidence, memory: MemoryRecord) -> list[tuple[str, int]]:
+    """(component, bytes) of what was to come layer by layer, and was on the accelerator as a whole in a warm call.
+
+    Only components of many layers, none of which is a large part of it: one or two layers may be there at a time.
+    """
+    offloading = given.recipe.offloading
+    if offloading is None or not (
+        offloading.strategy == "sequential" or offloading.resolved_offload_type == "leaf_level"
+    ):
+        return []
+    warm = own_calls(memory)[1:] or own_calls(memory)
+    phases = [phase for call, phase in _phases_of_calls(memory) if any(call is one for one in warm)]
+    found = []
+    for record in offloaded_components(given):
+        sizes = [layer.weight_bytes for layer in given.observation.layers if layer.component == record.name]
+        whole = record.own_bytes - stray(record.bytes)
+        small = sum(sizes) >= record.bytes / 2 and max(sizes) <= record.bytes / 4
+        if small and whole > 0 and any(phase.weights.get(record.name, 0) >= whole for phase in phases):
+            found.append((record.name, record.own_bytes))
+    return found
 
 
 def _not_resident(resident: Observation, memory: MemoryRecord) -> str:
@@ -365,29 +463,48 @@ def _not_resident(resident: Observation, memory: MemoryRecord) -> str:
 
 def left_behind(memory: MemoryRecord) -> int:
     """Bytes on the accelerator after the last call beyond the weights that stand there."""
-    last = last_call(memory)
-    return max(0, last.live_bytes - memory.before_bytes - last.weights_bytes)
+    return _left_after(memory, last_call(memory))
+
+
+def _left_after(memory: MemoryRecord, call: CallMemory) -> int:
+    # what the pipeline keeps of its results shows once the observation has let them go
+    kept = memory.kept_results_bytes if call is last_call(memory) else 0
+    return max(0, call.live_bytes - memory.before_bytes - call.weights_bytes + kept)
 
 
 def _grown_untold(memory: MemoryRecord) -> int:
-    """Bytes that a warm call left more than the one before it, where no repeated calls tell a leak from what is kept."""
+    """Bytes that a call left more than the one before it, where no repeated calls tell a leak from what is kept."""
     if sum(call.repeated for call in memory.calls) >= ENOUGH_REPEATS:
         return 0
-    live = [call.live_bytes for call in memory.calls[1:]]
+    live = [call.live_bytes for call in own_calls(memory)]
     return max((later - earlier for earlier, later in itertools.pairwise(live)), default=0)
 
 
 def growth(memory: MemoryRecord) -> tuple[float, float]:
-    """(bytes that each call adds, the standard error of that), by least squares over calls that were repeated unchanged.
+    """(bytes that each call adds, the standard error of that), of calls that were repeated unchanged.
 
-    Calls are repeated where a warm call left more than the one before; where none did nothing grows.
+    Calls are repeated where one left more than the one before; where none did nothing grows.
     """
-    live = [call.live_bytes for call in memory.calls if call.repeated]
-    if len(live) < ENOUGH_REPEATS:
+    return _slope([call.live_bytes for call in memory.calls if call.repeated])
+
+
+def peak_growth(memory: MemoryRecord) -> tuple[float, float]:
+    """The same for the peaks of calls with equal inputs; of several kinds of calls, the one that grows most."""
+    kinds: dict[str, list[int]] = {}
+    for call in memory.calls:
+        if call.repeated:
+            kinds.setdefault(call.inputs, []).append(call.peak_bytes)
+    return max((_slope(peaks) for peaks in kinds.values()), key=lambda one: one[0] - 2 * one[1], default=(0.0, 0.0))
+
+
+def _slope(values: Sequence[int]) -> tuple[float, float]:
+    """(what each step adds to the last values, the standard error of that), by least squares; 0 where the end is level."""
+    values = values[-REPEATS_JUDGED:]
+    if len(values) < ENOUGH_REPEATS or len(set(values[-LEVEL:])) == 1:
         return 0.0, 0.0
-    at = [index - (len(live) - 1) / 2 for index in range(len(live))]
-    middle = sum(live) / len(live)
+    at = [index - (len(values) - 1) / 2 for index in range(len(values))]
+    middle = sum(values) / len(values)
     spread = sum(x * x for x in at)
-    slope = sum(x * (y - middle) for x, y in zip(at, live, strict=True)) / spread
-    rest = sum((y - middle - slope * x) ** 2 for x, y in zip(at, live, strict=True))
-    return slope, math.sqrt(rest / (len(live) - 2) / spread)
+    slope = sum(x * (y - middle) for x, y in zip(at, values, strict=True)) / spread
+    rest = sum((y - middle - slope * x) ** 2 for x, y in zip(at, values, strict=True))
+    return slope, math.sqrt(rest / (len(values) - 2) / spread)

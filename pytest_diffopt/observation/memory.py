@@ -1,14 +1,14 @@
 """The memory watch: what the accelerator holds while a pipeline is prepared, during each call, and after it.
 
-The peak of loading and the peak of a call are told apart, and results that the observation itself holds are not counted
-as growth.
+The peak of loading and the peak of a call are told apart, and what the observation itself holds, results and arguments,
+is not counted as growth.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_diffopt.accelerators import Peak
@@ -27,6 +27,10 @@ SHOWN = 3
 """Names of tensors that are written down for a component that stays."""
 
 
+LITTLE_BYTES = 4096
+"""After the first call nearly every pipeline keeps so much, a scheduler's steps: no reason for more calls."""
+
+
 class MemoryWatch:
     """Reads the accelerator's counters. On a device without counters nothing is written down."""
 
@@ -40,6 +44,9 @@ class MemoryWatch:
         self._transferred: dict[str, int] | None = None
         self._calls: list[CallMemory] = []
         self._frozen = False
+        self._held_at_begin: list[int] = []
+        self._inputs = ""
+        self._kept_results = 0
 
     @property
     def counts(self) -> bool:
@@ -57,7 +64,7 @@ class MemoryWatch:
             self._frozen = True
         self._before = self.accelerator.live_bytes()
         self._peak.__enter__()
-        self._elsewhere_before = self.accelerator.elsewhere_bytes() or 0
+        self._elsewhere_before = self._peak.elsewhere_bytes() or 0
         if self._before is not None:
             self.ledger.open(self._before)
 
@@ -72,14 +79,16 @@ class MemoryWatch:
             self.ledger.look()
             self.ledger.phase("")
 
-    def call_begins(self, phase: str, held_bytes: int) -> None:
+    def call_begins(self, phase: str, held_bytes: int, inputs: str = "") -> None:
         """A call is about to be made.
 
         Args:
             phase: its name in the residency, such as ``"call 0"``.
             held_bytes: on the accelerator, of results that the observation holds already.
+            inputs: a digest of what it is given.
         """
         self._held = held_bytes
+        self._inputs = inputs
         if self.counts:
             self._peak.begin()
             self._transferred = self.accelerator.transferred_bytes()
@@ -88,7 +97,7 @@ class MemoryWatch:
     def call_ends(
         self, call: int, components: Mapping[str, torch.nn.Module], held_bytes: int, *, repeated: bool = False
     ) -> None:
-        """A call was made; ``held_bytes`` of results on the accelerator are held by the observation."""
+        """A call was made; ``held_bytes`` on the accelerator are held by the observation: results, and its arguments."""
         if not self.counts:
             return
         peak = self._peak.bytes() or 0
@@ -104,12 +113,14 @@ class MemoryWatch:
                 weights_bytes=sum({a: size for blocks, _ in resident.values() for a, size in blocks.items()}.values()),
                 staying={name: names for name, (_, names) in resident.items() if names},
                 buffers={name: size for name, module in components.items() if (size := self._resident_buffers(module))},
-                elsewhere_bytes=(self.accelerator.elsewhere_bytes() or 0) - self._elsewhere_before,
+                elsewhere_bytes=max(0, (self._peak.elsewhere_bytes() or 0) - self._elsewhere_before),
                 h2d_bytes=moved["h2d"] - begun["h2d"] if moved and begun else None,
                 d2h_bytes=moved["d2h"] - begun["d2h"] if moved and begun else None,
                 repeated=repeated,
+                inputs=self._inputs,
             )
         )
+        self._held_at_begin.append(self._held)
         self.ledger.look()
         self.ledger.phase("")
 
@@ -120,11 +131,45 @@ class MemoryWatch:
         if self._frozen:
             gc.unfreeze()
             self._frozen = False
+        if self.ledger.record is None:
+            return
+        # a counter can be reset by a function that was taken out of torch before it was watched; what happened cannot
+        phases = self.ledger.record.phases[1:]
+        for at, (call, held, phase) in enumerate(zip(self._calls, self._held_at_begin, phases, strict=False)):
+            self._calls[at] = replace(call, peak_bytes=max(call.peak_bytes, phase.peak_bytes - held))
 
-    def is_growing(self) -> bool:
-        """Whether a warm call left more than the one before it: a leak, or something that is kept once."""
-        live = [call.live_bytes for call in self._calls[1:]]
-        return any(later > earlier for earlier, later in itertools.pairwise(live))
+    def results_let_go(self) -> None:
+        """The observation holds no results any more: what is still there of them, the pipeline keeps."""
+        if self.counts and self._calls:
+            self._kept_results = max(0, (self._settled() or 0) - self._calls[-1].live_bytes)
+
+    def kept_more(self) -> tuple[str, ...]:
+        """Digests of the inputs of calls after which more was kept than before, at most two; none where none kept more.
+
+        Each is a leak, or something that is kept once: only more calls of the same kind tell. A higher peak than an equal
+        call had before counts too, since what is kept on the host may be sent to the device by every call.
+        """
+        own = [call for call in self._calls if not call.repeated]
+        more: dict[str, None] = {}
+        for at, call in enumerate(own[1:], 1):
+            equal = [earlier.peak_bytes for earlier in own[:at] if earlier.inputs == call.inputs]
+            if call.live_bytes > own[at - 1].live_bytes or (equal and call.peak_bytes > max(equal)):
+                more[call.inputs] = None
+        kept_at_first = own[0].live_bytes - self._loaded if own else 0
+        if not more and (kept_at_first > LITTLE_BYTES or self._kept_results):
+            more[own[-1].inputs] = None
+        return tuple(more)[-2:]
+
+    def still_growing(self) -> bool:
+        """Whether the repeated calls ended with more than they began with, live or at their peaks."""
+        kinds: dict[str, list[CallMemory]] = {}
+        for call in self._calls:
+            if call.repeated:
+                kinds.setdefault(call.inputs, []).append(call)
+        return any(
+            calls[-1].live_bytes > calls[0].live_bytes or calls[-1].peak_bytes > calls[0].peak_bytes
+            for calls in kinds.values()
+        )
 
     @property
     def record(self) -> MemoryRecord | None:
@@ -138,6 +183,7 @@ class MemoryWatch:
             tuple(self._calls),
             self._loaded_residency,
             self.ledger.record,
+            self._kept_results,
         )
 
     def _settled(self) -> int | None:

@@ -262,7 +262,8 @@ class CallMemory:
         buffers: component → bytes of its buffers alone that are there.
         elsewhere_bytes: the highest during the call on other devices of the same kind, beyond what was there before.
         h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
-        repeated: an extra call, the last one's again, made because memory had grown.
+        repeated: an extra call, one of the recipe's own again, made because more was kept after it than before.
+        inputs: a digest; calls with the same one were given the same.
     """
 
     call: int
@@ -276,6 +277,7 @@ class CallMemory:
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
     repeated: bool = False
+    inputs: str = ""
 
 
 @dataclass(frozen=True, order=True)
@@ -305,6 +307,7 @@ class PhaseResidency:
         first, last: its positions; the position n is the moment after n blocks came or went.
         peak_at: the position of the peak. peak_bytes: then on the accelerator.
         component, operation: what took the memory that made the peak; both empty where it was there when the phase began.
+        weights: component → the most bytes of its weights at once. working: the same of its working memory.
     """
 
     phase: str
@@ -314,6 +317,8 @@ class PhaseResidency:
     peak_bytes: int
     component: str = ""
     operation: str = ""
+    weights: dict[str, int] = field(default_factory=dict)
+    working: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -347,6 +352,8 @@ class MemoryRecord:
         load_peak_bytes: the highest while it was prepared. loaded_bytes: when it was.
         loaded_residency: component → bytes of its weights on the accelerator when it was prepared.
         residency: None where the device does not tell who takes its memory.
+        kept_results_bytes: of the results of all own calls, still there once the observation held them no more: the
+            pipeline keeps them as well.
     """
 
     before_bytes: int
@@ -355,6 +362,7 @@ class MemoryRecord:
     calls: tuple[CallMemory, ...] = ()
     loaded_residency: dict[str, int] = field(default_factory=dict)
     residency: Residency | None = None
+    kept_results_bytes: int = 0
 
     @property
     def call_peak_bytes(self) -> int:

@@ -56,6 +56,11 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "pytest-diffopt")
 QUIET_LOGGERS = ("diffusers", "transformers", "accelerate", "bitsandbytes", "torch._dynamo", "torch._inductor")
 REPEATS_WHERE_MEMORY_GREW = 4
+"""More calls, for the memory alone, of each kind after which more was kept than before."""
+
+REPEATS_WHERE_IT_GOES_ON = 8
+"""And so many more where those kept more too: a ring of buffers is full one day."""
+
 SENSITIVITY_PROMPT = "a blue teapot under a stormy sky"
 
 
@@ -263,14 +268,16 @@ class _Run:
             self.notes.append("no sensitivity run: the model's inputs hold nothing that could be changed")
             return
         inputs = digest(arguments)
-        self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.kind))
+        self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.kind), inputs)
         started = time.perf_counter()
         result = self._run(prepared, arguments)
         self.accelerator.synchronize()
         seconds = time.perf_counter() - started
         self.recorder.record("", result, hold=True)
         del result
-        self.memory.call_ends(call, prepared.components, self.recorder.held_bytes(self.accelerator.kind))
+        self.memory.call_ends(
+            call, prepared.components, self.recorder.held_bytes(self.accelerator.kind, also=arguments)
+        )
         if prepared.is_model:
             self.recorder.record("inputs after the call", arguments)
         asked = self.recipe.call
@@ -310,18 +317,31 @@ class _Run:
             )
 
     def _call_again_where_memory_grew(self, prepared: Prepared) -> None:
-        """The last call a few times more, for the memory alone: a leak goes on, what is kept once does not."""
-        if not self.memory.is_growing():
+        """Calls after which more was kept, for the memory alone: a leak goes on, what is kept once does not."""
+        self.recorder.let_go()
+        self.memory.results_let_go()
+        inputs = {call.inputs: call.index for call in self.calls if call.kind == "call"}
+        again = sorted({inputs.get(found, self.recipe.call.count - 1) for found in self.memory.kept_more()})
+        if not again:
             return
-        last = self.recipe.call.count - 1
         with self._stance(), recording(prepared, OutputRecorder(), self.memory.ledger):
             for repeat in range(REPEATS_WHERE_MEMORY_GREW):
-                self.watch.call = self.recipe.call.count + 1 + repeat
-                held = self.recorder.held_bytes(self.accelerator.kind)
-                self.memory.call_begins(f"call {last} again, {repeat + 1}", held)
-                self._run(prepared, prepared.arguments(last))
-                self.accelerator.synchronize()
-                self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
+                for call in again:
+                    self._call_for_the_memory(prepared, call, repeat + 1)
+            if not self.memory.still_growing():
+                return
+            for more in range(REPEATS_WHERE_IT_GOES_ON):
+                for call in again:
+                    self._call_for_the_memory(prepared, call, REPEATS_WHERE_MEMORY_GREW + more + 1)
+
+    def _call_for_the_memory(self, prepared: Prepared, call: int, repeat: int) -> None:
+        self.watch.call = max(self.watch.call, self.recipe.call.count) + 1
+        arguments = prepared.arguments(call)
+        self.memory.call_begins(f"call {call} again, {repeat}", 0, digest(arguments))
+        self._run(prepared, arguments)
+        self.accelerator.synchronize()
+        held = self.recorder.held_bytes(self.accelerator.kind, also=arguments)
+        self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
 
     def _describe(self, prepared: Prepared) -> None:
         seen: set[int] = set()

@@ -56,7 +56,11 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass
 class _Kept:
-    """A tensor as it was when it came out, and the tensor itself."""
+    """A tensor as it was when it came out, and the tensor itself.
+
+    Attributes:
+        overwritten: found when the tensor itself was let go.
+    """
 
     call: int
     component: str
@@ -64,6 +68,7 @@ class _Kept:
     leaf: str
     copy: torch.Tensor
     original: torch.Tensor
+    overwritten: bool = False
 
 
 class OutputRecorder:
@@ -93,28 +98,47 @@ class OutputRecorder:
                 copy = tensor.detach().to("cpu", copy=True)
                 self._kept.append(_Kept(self.call, component, step, leaf, copy, tensor if hold else copy))
 
-    def held_bytes(self, kind: str) -> int:
-        """Bytes of the results that are held on devices of a kind; storages that results share count once."""
+    def held_bytes(self, kind: str, also: Any = None) -> int:
+        """Bytes of the results that are held on devices of a kind; storages that results share count once.
+
+        Args:
+            also: what the observation holds beside them, such as the arguments of a call.
+        """
+        import torch
+
+        held = [kept.original for kept in self._kept if kept.original is not kept.copy]
         storages = {}
-        for kept in self._kept:
-            if kept.original is not kept.copy and kept.original.device.type == kind:
-                storage = kept.original.untyped_storage()
+        for tensor in (*held, *(tensor for _, tensor in leaves(also))):
+            if tensor.device.type == kind and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
+
+    def let_go(self) -> None:
+        """Hold no tensors but copies from here on; what was overwritten by now is written down."""
+        for kept in self._kept:
+            kept.overwritten = _differs(kept)
+            kept.original = kept.copy
 
     def outputs(self) -> tuple[Output, ...]:
         """Everything recorded, as plain data."""
         return tuple(_output(kept) for kept in self._kept)
 
 
+def _differs(kept: _Kept) -> bool:
+    """Whether the tensor itself, where it is held, is another by now than when it came out."""
+    import torch
+
+    if kept.original is kept.copy:
+        return False
+    now = kept.original.detach().to("cpu")
+    return now.shape != kept.copy.shape or not torch.equal(torch.nan_to_num(now), torch.nan_to_num(kept.copy))
+
+
 def _output(kept: _Kept) -> Output:
     import torch
 
     copy = kept.copy
-    overwritten = False
-    if kept.original is not copy:
-        now = kept.original.detach().to("cpu")
-        overwritten = now.shape != copy.shape or not torch.equal(torch.nan_to_num(now), torch.nan_to_num(copy))
     wide = copy.dtype in (torch.float64, torch.complex128, torch.int64, torch.int32)
     flat = (torch.view_as_real(copy.resolve_conj()) if copy.is_complex() else copy).reshape(-1)
     finite = bool(torch.isfinite(flat.float() if not wide else flat.double()).all())
@@ -132,7 +156,7 @@ def _output(kept: _Kept) -> Output:
         width=8 if wide else 4,
         stride=stride,
         sketch=_sketch(flat) if stride > 1 else "",
-        overwritten=overwritten,
+        overwritten=kept.overwritten or _differs(kept),
     )
 
 

@@ -188,6 +188,11 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
 
     before = column(Owner("", "before"))
     now[before] = before_bytes
+    highest: list[dict[int, int]] = [{} for _ in spans]  # a column → its most bytes in the phase
+    begins: dict[int, list[int]] = {}
+    for span, (_, first, _) in enumerate(spans):
+        begins.setdefault(first, []).append(span)
+    open_span = -1
     for position in range(len(moves) + 1):
         if position:
             index, event = moves[position - 1]
@@ -195,6 +200,10 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
                 born[event.block] = column(owner_of[index])
             at = born[event.block] if event.bytes > 0 else born.pop(event.block, before)
             now[at] += event.bytes
+            if open_span >= 0 and position <= spans[open_span][2]:
+                highest[open_span][at] = max(highest[open_span].get(at, 0), now[at])
+        for open_span in begins.get(position, ()):  # what was there already counts too
+            highest[open_span] = dict(enumerate(now))
         if position in kept:
             rows.append(list(now))
     rows = [row + [0] * (len(columns) - len(row)) for row in rows]  # who came later held nothing before
@@ -202,7 +211,7 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
     order = sorted(columns, key=lambda owner: (_ORDER.index(owner.kind), owner.component))
     order = [owner for owner in order if any(row[columns[owner]] for row in rows)]
     phases = []
-    for (name, first, last), peak in zip(spans, peaks, strict=True):
+    for (name, first, last), peak, most in zip(spans, peaks, highest, strict=True):
         by = moves[peak - 1][1] if peak > first else None
         phases.append(
             PhaseResidency(
@@ -213,6 +222,8 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
                 peak_bytes=totals[peak],
                 component=marks[by.mark].component if by else "",
                 operation=by.operation if by else "",
+                weights=_by_component(columns, most, "weights"),
+                working=_by_component(columns, most, "working"),
             )
         )
     return Residency(
@@ -221,6 +232,12 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
         positions=tuple(sorted(kept)),
         bytes=tuple(tuple(row[columns[owner]] for owner in order) for row in rows),
     )
+
+
+def _by_component(columns: Mapping[Owner, int], most: Mapping[int, int], kind: str) -> dict[str, int]:
+    return {
+        owner.component: most[column] for owner, column in columns.items() if owner.kind == kind and most.get(column)
+    }
 
 
 _ORDER = ("weights", "working", "other", "before")

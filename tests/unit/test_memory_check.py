@@ -146,12 +146,57 @@ def test_growth_that_no_repeated_call_explains_is_unverified() -> None:
     last = replace(found.calls[-1], live_bytes=found.calls[-1].live_bytes + 64)
     verdict = judge(replace(found, calls=(*found.calls[:-1], last)))
     assert verdict.status == "unverified"
-    assert "a warm call left 64 B more than the one before it, and could not be repeated" in verdict.sentence
+    assert "a call left 64 B more than the one before it, and could not be repeated" in verdict.sentence
 
 
-@pytest.mark.parametrize("grown", [(), (600, 600, 600, 600), (600, 1_200, 600, 1_200), (0, 600, 600, 600)])
+@pytest.mark.parametrize(
+    "grown",
+    [
+        (),
+        (600, 600, 600, 600),
+        (600, 1_200, 600, 1_200),
+        (0, 600, 600, 600),
+        (100, 200, 300, 400, 500, 600, 700, 800, 800, 800, 800),  # a ring of buffers that is full by then
+    ],
+)
 def test_what_is_kept_once_or_comes_and_goes_is_no_growth(grown: tuple[int, ...]) -> None:
     assert judge(record(860_000, 860_000, 860_000, grown=grown)).status == "passed"
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_growth_at_every_third_call_is_found_wherever_the_calls_begin(start: int) -> None:
+    grown = tuple(600 * ((call + start) // 3) for call in range(12))
+    failed_with(judge(record(860_000, 860_000, grown=grown)), "memory grows by", "a call, over 6 repeated calls")
+
+
+def test_a_peak_that_grows_is_found_where_equal_calls_are_compared() -> None:
+    found = record(860_000, 860_000, grown=(0,) * 8)
+
+    def with_peaks(*peaks: int) -> Verdict:
+        kinds = ("small", "large") * 4
+        repeats = [
+            replace(call, peak_bytes=BEFORE + peak, inputs=kind)
+            for call, peak, kind in zip(found.calls[2:], peaks, kinds, strict=True)
+        ]
+        return judge(replace(found, calls=(*found.calls[:2], *repeats)))
+
+    assert with_peaks(1_000, 9_000, 1_000, 9_000, 1_000, 9_000, 1_000, 9_000).status == "passed"
+    grows = with_peaks(1_000, 9_000, 1_000, 9_100, 1_000, 9_200, 1_000, 9_300)
+    failed_with(grows, "the peak of a call grows by 100 B a call, though no more stays after it")
+
+
+def test_what_stays_after_an_earlier_call_only_is_named_with_the_call() -> None:
+    calls = list(record(860_000, 860_000, 860_000).calls)
+    calls[1] = replace(calls[1], residency={"vae": 50_000}, weights_bytes=50_000, live_bytes=BEFORE + 50_000)
+    found = replace(record(860_000), calls=tuple(calls))
+    failed_with(judge(found), "vae has not left the accelerator after call 1", "48.83 KiB stay")
+    calls[1] = replace(calls[1], residency={}, weights_bytes=0)
+    failed_with(judge(replace(found, calls=tuple(calls))), "48.83 KiB stay on the accelerator after call 1, though")
+
+
+def test_results_that_the_pipeline_keeps_are_left_too() -> None:
+    found = replace(record(860_000, 860_000), kept_results_bytes=400_000)
+    failed_with(judge(found), "390.62 KiB stay on the accelerator after the call, though every parameter has left")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +372,7 @@ def test_a_ratio_without_offloading_has_nothing_to_compare_with() -> None:
 def test_a_budget_holds_for_the_cold_call_too() -> None:
     contract = Contract(max_memory="900KB")
     assert judge(record(870_000, 860_000, 860_000), contract=contract).status == "passed"
-    failed_with(judge(record(910_000, 860_000, 860_000), contract=contract), "the peak of a call is 888.67 KiB")
+    failed_with(judge(record(910_000, 860_000, 860_000), contract=contract), "the peak of the first call is 888.67 KiB")
 
 
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:

@@ -37,6 +37,14 @@ def test_a_weight_is_its_components_from_the_moment_it_was_taken() -> None:
     assert last(found) == {A: 10, OTHER: 5}
 
 
+def test_each_phase_says_how_much_of_a_component_was_there_at_once() -> None:
+    marks = [mark("loading"), mark(component="a", a=1), mark(a=2), mark("call 1", component="a"), mark("call 2")]
+    moves = [Event(1, 10, "", 0), Event(2, 5, "", 1), Event(1, -10, "", 2), Event(2, -5, "", 2), Event(3, 4, "", 3)]
+    phases = attribute(moves, marks, 0).phases
+    assert [phase.weights for phase in phases] == [{"a": 10}, {"a": 15}, {}, {}]  # what was there already counts
+    assert [phase.working for phase in phases] == [{}, {}, {"a": 4}, {"a": 4}]
+
+
 def test_a_weight_that_something_keeps_after_its_parameter_has_left_is_still_its_components() -> None:
     marks = [mark(component="a"), mark(a=1), mark("call 1", component="b"), mark("call 1", a=HOST)]
     assert last(attribute([Event(1, 10, "", 0), Event(2, 3, "", 2)], marks, 0)) == {A: 10, Owner("b", "working"): 3}
