@@ -1,5 +1,7 @@
 """Replicas: tiny pipelines of the same classes as public ones, built from configs, seeded, with no download.
 
+A family's full-size models are described beside its replica: shapes with no weights, and checkpoints of holes.
+
 Importing this imports neither torch nor diffusers nor transformers; building does.
 """
 
@@ -9,12 +11,17 @@ from collections.abc import Mapping
 
 from pytest_diffopt.replicas.cache import ensure
 from pytest_diffopt.replicas.catalogue import Registry, registry
+from pytest_diffopt.replicas.checkpoint import write_checkpoint
+from pytest_diffopt.replicas.description import Architecture, Description, Published
 from pytest_diffopt.replicas.family import Family
-from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve
+from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve, resolve_full_size
 from pytest_diffopt.user_cache import cache_directory
 
 __all__ = [
+    "Architecture",
+    "Description",
     "Family",
+    "Published",
     "Registry",
     "Resolved",
     "cache_directory",
@@ -25,6 +32,8 @@ __all__ = [
     "register",
     "registry",
     "resolve",
+    "resolve_full_size",
+    "write_checkpoint",
 ]
 
 

@@ -1,28 +1,41 @@
-"""Which families there are: a registry that third parties add to, and the one that recipes use."""
+"""Which families and full sizes there are: a registry that third parties add to, and the one that recipes use."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from pytest_diffopt.errors import ReplicaError
-from pytest_diffopt.replicas import flux, stable_diffusion, wan
+from pytest_diffopt.replicas import (
+    flux,
+    ltx_video,
+    qwen_image,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+    wan,
+)
+from pytest_diffopt.replicas.description import Description
 from pytest_diffopt.replicas.family import Family
 
 
 class Registry:
-    """Families by name, and by every hub id that they stand for, in any case."""
+    """Families by name, and by every hub id that they stand for; full sizes by name and hub id; in any case."""
 
-    def __init__(self, *families: Family) -> None:
+    def __init__(self, *families: Family, full_sizes: tuple[Description, ...] = ()) -> None:
         self._families: dict[str, Family] = {}
+        self._full_sizes: dict[str, Description] = {}
         for family in families:
             self.register(family)
+        for description in full_sizes:
+            self.register_full_size(description)
 
     def register(self, family: Family) -> None:
-        """Add ``family``; the same one again changes nothing.
+        """Add ``family`` and its full sizes; the same one again changes nothing.
 
         Raises:
-            ReplicaError: another family has its name or one of its hub ids.
+            ReplicaError: another family has its name or one of its hub ids, or another full size one of its full sizes'.
         """
         if self._families.get(family.name) == family:
             return
@@ -30,18 +43,82 @@ class Registry:
             owner = self.find(known)
             if owner is not None:
                 raise ReplicaError(f"{family.name}: {known!r} is taken by the replica family {owner.name}.")
+        for description in family.full_sizes:
+            self._check_full_size(description)
         self._families[family.name] = family
+        for description in family.full_sizes:
+            self.register_full_size(description)
+
+    def register_full_size(self, description: Description) -> None:
+        """Add a full size whose family has no replica; the same one again changes nothing.
+
+        Raises:
+            ReplicaError: another full size has its name or hub id, or its name holds a slash.
+        """
+        self._check_full_size(description)
+        self._full_sizes[description.name] = description
 
     @property
     def families(self) -> Mapping[str, Family]:
         """The families by name, in the order of registration; cannot be written to."""
         return MappingProxyType(self._families)
 
+    @property
+    def full_sizes(self) -> Mapping[str, Description]:
+        """The full sizes by name, in the order of registration; cannot be written to."""
+        return MappingProxyType(self._full_sizes)
+
     def find(self, name_or_hub_id: str) -> Family | None:
         """The family of that name or hub id, in any case, or None."""
         families = self._families.values()
         return next((family for family in families if family.canonical(name_or_hub_id) is not None), None)
 
+    def find_full_size(self, name_or_hub_id: str) -> Description | None:
+        """The full size of that name or hub id, in any case, or None."""
+        wanted = name_or_hub_id.casefold()
+        return next((known for known in self._full_sizes.values() if wanted in _names(known)), None)
 
-registry = Registry(flux.FAMILY, stable_diffusion.FAMILY, wan.FAMILY)
-"""The families that recipes and pages resolve to."""
+    def full_size(self, name_or_hub_id: str) -> Description:
+        """The full size of that name or hub id, in any case.
+
+        Raises:
+            ReplicaError: there is none; the sentence has the nearest name, and all.
+        """
+        found = self.find_full_size(name_or_hub_id)
+        if found is not None:
+            return found
+        names = {name: known.name for known in self._full_sizes.values() for name in _names(known)}
+        near = difflib.get_close_matches(name_or_hub_id.casefold(), names, n=1)
+        hint = f" Did you mean {names[near[0]]!r}?" if near else ""
+        raise ReplicaError(
+            f"No full-size model is called {name_or_hub_id!r}.{hint} There are {', '.join(self._full_sizes)}, "
+            f"and their hub ids."
+        )
+
+    def _check_full_size(self, description: Description) -> None:
+        if not description.name or "/" in description.name:
+            raise ReplicaError(
+                f"A full size's name is a word without a slash, such as 'flux.1-dev'; found {description.name!r}."
+            )
+        for name in _names(description):
+            owner = self.find_full_size(name)
+            if owner is not None and owner != description:
+                raise ReplicaError(f"{description.name}: {name!r} is taken by the full size {owner.name}.")
+
+
+def _names(description: Description) -> tuple[str, ...]:
+    return tuple(name.casefold() for name in (description.name, description.hub_id) if name)
+
+
+registry = Registry(
+    flux.FAMILY,
+    stable_diffusion.FAMILY,
+    wan.FAMILY,
+    full_sizes=(
+        *stable_diffusion_xl.FULL_SIZES,
+        *stable_diffusion_3.FULL_SIZES,
+        *ltx_video.FULL_SIZES,
+        *qwen_image.FULL_SIZES,
+    ),
+)
+"""The families and full sizes that recipes, pages and forecasts resolve to."""

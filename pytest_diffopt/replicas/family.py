@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.replicas.description import Description
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Family:
             pipeline on the CPU in float32, bitwise the same in every call.
         sources: files besides the builder's own whose change must rebuild a cached replica.
         notes: how it differs from the public pipelines, for people.
+        full_sizes: the public pipelines in their own size, each with a ``name`` of its own; they are known by it and by
+            their hub id wherever a full-size model is asked for.
 
     Raises:
         ReplicaError: the name holds a slash, a hub id is not ``"org/name"``, or a size is not positive.
@@ -68,6 +71,7 @@ class Family:
     build: Callable[[str | None], Any]
     sources: tuple[str | os.PathLike[str], ...] = ()
     notes: str = ""
+    full_sizes: tuple[Description, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

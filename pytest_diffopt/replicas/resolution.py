@@ -13,9 +13,10 @@ from typing import Literal
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas import cache
 from pytest_diffopt.replicas.catalogue import Registry, registry
+from pytest_diffopt.replicas.description import INDEX as _INDEX
+from pytest_diffopt.replicas.description import Description, read_description
 from pytest_diffopt.replicas.family import Family
 
-_INDEX = "model_index.json"
 _WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_WORD}/{_WORD}")
 
@@ -62,6 +63,29 @@ def resolve(pipeline: str, *, allow_hub: bool = False, registry: Registry = regi
         if allow_hub:
             return Resolved(pipeline, "hub")
     raise ReplicaError(_unknown(pipeline, registry))
+
+
+def resolve_full_size(model: str, *, registry: Registry = registry) -> Description:
+    """What ``model`` is made of in its full size; the first that fits counts.
+
+    1. a full size's name, ``"flux.1-dev"``; 2. a local directory that holds a pipeline's config files; 3. the hub id of a
+    full size, in any case; 4. a hub id whose config files are in the hub's cache on this machine. Nothing is downloaded,
+    and no weights are looked at.
+
+    Raises:
+        ReplicaError: nothing fits, or a directory lacks a config file.
+    """
+    known = registry.find_full_size(model)
+    if known is not None and "/" not in model:
+        return known
+    directory = Path(model).expanduser()
+    if model and directory.is_dir():
+        return read_description(directory)
+    if known is not None:
+        return known
+    if _is_hub_id(model) and (snapshot := _cached_snapshot(model)):
+        return read_description(snapshot, model)
+    return registry.full_size(model)
 
 
 def hub_cache_environment(ids: Iterable[str], *, registry: Registry = registry) -> dict[str, str]:

@@ -1,14 +1,72 @@
-"""tiny-sd: Stable Diffusion 1.x, with the classes of the public repositories and a scheduler of any number of steps."""
+"""Stable Diffusion 1.x: tiny-sd, with the classes of the public repositories and a scheduler of any number of steps."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from pytest_diffopt.replicas import initialization, text_encoders, tokenizers
+from pytest_diffopt.replicas import description, initialization, text_encoders, tokenizers
+from pytest_diffopt.replicas.description import Architecture, Description
 from pytest_diffopt.replicas.family import Family
 
+ARCHITECTURE = Architecture(
+    pipeline_class="StableDiffusionPipeline",
+    classes={
+        "unet": "diffusers.UNet2DConditionModel",
+        "vae": "diffusers.AutoencoderKL",
+        "scheduler": "diffusers.DDIMScheduler",
+        "text_encoder": "transformers.CLIPTextModel",
+        "tokenizer": "transformers.CLIPTokenizer",
+    },
+    shared={
+        "unet": {"in_channels": 4, "out_channels": 4, "norm_num_groups": 32},
+        "vae": {
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "latent_channels": 4,
+            "scaling_factor": 0.18215,
+        },
+        "scheduler": {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+        "tokenizer": {"max_length": 77},
+    },
+    options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+)
+
 _WIDTH = 128
+
+
+def _tiny() -> Description:
+    return ARCHITECTURE.sized(
+        "tiny-sd",
+        {
+            "unet": {
+                "sample_size": 12,
+                # The first width is also the input of the time embedding's Linear: a multiple of 128, as all inputs are.
+                "block_out_channels": (_WIDTH, _WIDTH),
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+                "layers_per_block": 1,
+                "attention_head_dim": 2,  # the number of heads, in this class
+                "cross_attention_dim": _WIDTH,
+            },
+            "vae": {
+                "block_out_channels": (32, 32, 32, 128),
+                "layers_per_block": 1,
+                "norm_num_groups": 8,
+                "sample_size": 96,
+            },
+            "text_encoder": text_encoders.tiny_clip(_WIDTH),
+        },
+    )
 
 
 def build(hub_id: str | None = None) -> Any:
@@ -16,56 +74,13 @@ def build(hub_id: str | None = None) -> Any:
 
     An image must be a multiple of 16 pixels high and wide: 8 of the VAE, 2 of the UNet.
     """
-    # By name, since diffusers is typed in part only: what comes from a module so imported is Any.
-    diffusers = import_module("diffusers")
-
+    tiny = _tiny()
     with initialization.reproducible():
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=12,
-            in_channels=4,
-            out_channels=4,
-            # The first width is also the input of the time embedding's Linear: a multiple of 128, as all inputs are.
-            block_out_channels=(_WIDTH, _WIDTH),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,  # the number of heads, in this class
-            cross_attention_dim=_WIDTH,
-            norm_num_groups=32,
-        )
-        vae = diffusers.AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 32, 32, 128),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=96,
-            scaling_factor=0.18215,
-        )
-        initialization.randomize(unet)
-        initialization.randomize(vae, gains={"decoder.conv_out.weight": 0.4})
-        scheduler = diffusers.DDIMScheduler(
-            num_train_timesteps=1000,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
-        return diffusers.StableDiffusionPipeline(
-            vae=vae.eval(),
-            text_encoder=text_encoders.clip_text_encoder(_WIDTH),
-            tokenizer=tokenizers.clip_tokenizer(),
-            unet=unet.eval(),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        components = description.build_components(tiny)
+        initialization.randomize(components["unet"])
+        initialization.randomize(components["vae"], gains={"decoder.conv_out.weight": 0.4})
+        text_encoders.enliven(components["text_encoder"])
+        return description.build_pipeline(tiny, components)
 
 
 FAMILY = Family(
@@ -76,9 +91,9 @@ FAMILY = Family(
         "CompVis/stable-diffusion-v1-4",
     ),
     components=("text_encoder", "unet", "vae"),
-    pipeline_class="StableDiffusionPipeline",
+    pipeline_class=ARCHITECTURE.pipeline_class,
     default_size=(96, 96),
     build=build,
-    sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__),
+    sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__, description.__file__),
     notes="A UNet of two levels of width 128; DDIM where the public repositories have PNDM; no safety checker.",
 )

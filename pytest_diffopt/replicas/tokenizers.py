@@ -1,10 +1,19 @@
-"""CLIP and T5 tokenizers of the public classes, from vocabularies made in memory: no file and no download."""
+"""Tokenizers of the public classes, from vocabularies made in memory: no file and no download."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from string import ascii_lowercase
 from typing import Any
+
+from pytest_diffopt.errors import ReplicaError
+
+# The words of the prompt that QwenImagePipeline puts around a user's, and cuts off by counting: 34 tokens.
+_QWEN_WORDS = (
+    *("system", "user", "assistant", "Describe", "Ġthe", "Ġimage", "Ġby", "Ġdetailing", "Ġcolor", "Ġshape", "Ġsize"),
+    *("Ġtexture", "Ġquantity", "Ġtext", "Ġspatial", "Ġrelationships", "Ġof", "Ġobjects", "Ġand", "Ġbackground"),
+)
 
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -22,6 +31,17 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _t5_vocabulary() -> list[tuple[str, float]]:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return pieces + [(chr(code), -1.0) for code in range(33, 127)]
+
+
+def _qwen2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # A word of the template grows letter by letter, before pairs of letters could take it apart.
+    grown = [(word[:length], word[length]) for word in _QWEN_WORDS for length in range(1, len(word))]
+    pairs = [(a, b) for a in ascii_lowercase for b in ascii_lowercase]
+    merges = list(dict.fromkeys([*grown, *pairs]))
+    tokens = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
+    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def clip_tokenizer(max_length: int = 77) -> Any:
@@ -45,3 +65,43 @@ def t5_tokenizer(max_length: int = 512) -> Any:
 def t5_vocabulary_size() -> int:
     """Number of pieces of :func:`t5_tokenizer`: a text encoder's ``vocab_size``."""
     return len(_t5_vocabulary())
+
+
+def qwen2_tokenizer(max_length: int = 131072) -> Any:
+    """A ``Qwen2Tokenizer`` of bytes, pairs of letters and the words that ``QwenImagePipeline`` puts around a prompt.
+
+    Those words make as many tokens as in public; a prompt makes up to about three times as many.
+    """
+    vocabulary, merges = _qwen2_vocabulary()
+    return import_module("transformers").Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=max_length,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+_MAKERS: Mapping[str, Callable[..., Any]] = {
+    "CLIPTokenizer": clip_tokenizer,
+    "CLIPTokenizerFast": clip_tokenizer,
+    "T5Tokenizer": t5_tokenizer,
+    "T5TokenizerFast": t5_tokenizer,
+    "Qwen2Tokenizer": qwen2_tokenizer,
+    "Qwen2TokenizerFast": qwen2_tokenizer,
+}
+
+
+def in_memory(class_name: str, **config: Any) -> Any:
+    """A tokenizer that stands for one of the class ``class_name``; ``config`` is ``max_length``, in tokens, or nothing.
+
+    Its vocabulary is smaller than the public one, so every id it makes is one that a public text encoder knows.
+
+    Raises:
+        ReplicaError: none stands for that class.
+    """
+    if class_name not in _MAKERS:
+        raise ReplicaError(
+            f"No tokenizer made in memory stands for {class_name}; there are {', '.join(_MAKERS)}. "
+            f"Add the tokenizer's own files to the directory."
+        )
+    return _MAKERS[class_name](**config)
