@@ -39,7 +39,7 @@ LAYERS = (
     ("byte_sizes",),
     ("errors", "user_cache"),
 )
-NOT_YET = {"baseline", "forecasting"}
+NOT_YET = {"baseline"}
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}
 HEAVY = ("torch", "numpy", "pydantic", "rich", "diffusers", "transformers", "hypothesis")
 

@@ -1,0 +1,1 @@
+"""Forecasts: what a full-size pipeline takes on a card, with no GPU and no weights."""
