@@ -366,6 +366,6 @@ class _named:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ReplicaError):
             raise ReplicaError(f"{self.where}: {error}") from error
