@@ -80,6 +80,13 @@ def test_every_reallocation_is_charged(sim: Any) -> None:
     assert sim.memory_allocated() - base == 32
 
 
+def test_a_resized_tensor_is_charged_to_its_own_device(sim: Any) -> None:
+    x = torch.ones(1, device="sim:1")
+    first, second = sim.memory_allocated(0), sim.memory_allocated(1)
+    x.resize_(100)
+    assert (sim.memory_allocated(0) - first, sim.memory_allocated(1) - second) == (0, 396)
+
+
 def test_transfers_are_counted_in_bytes_and_calls(sim: Any) -> None:
     host = torch.zeros(100)
     x = host.to("sim")

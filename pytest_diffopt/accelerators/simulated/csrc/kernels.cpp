@@ -109,6 +109,7 @@ c10::Scalar local_scalar(const Tensor& tensor) {
 
 const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
   const Running running("aten::resize_");
+  c10::DeviceGuard on(self.device());  // torch allocates on the current device
   return at::native::resize_(self, size, format);
 }
 
