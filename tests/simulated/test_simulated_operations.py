@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -467,6 +468,39 @@ def test_a_convolutions_layout_is_the_one_that_fake_tensors_foretell(
         assert (one.shape, one.stride()) == (other.shape, other.stride())
     if (channels_last or weight_too) and shape[1] > 1 and shape[2] > 1:  # else a layout has two names
         assert real.is_contiguous(memory_format=last)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_and_their_gradients_are_the_hosts(kind: Any, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = kind(4, 5, num_layers=2, bidirectional=True, bias=bias).double()
+
+    def run(device: str) -> list[torch.Tensor]:
+        there = copy.deepcopy(layer).to(device)
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64, device=device).view(3, 2, 4).requires_grad_()
+        out, state = there(x)
+        (out.sin().sum() + sum(part.cos().sum() for part in state)).backward()
+        return [out, x.grad, *(parameter.grad for parameter in there.parameters())]
+
+    for host, device in zip(run("cpu"), run("sim"), strict=True):
+        torch.testing.assert_close(device.cpu(), host, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTMCell, torch.nn.GRUCell])
+def test_a_recurrent_cells_gradients_are_those_of_finite_differences(kind: Any) -> None:
+    torch.manual_seed(0)
+    cell = kind(3, 2).double().to("sim")
+    x = torch.randn(2, 3, dtype=torch.float64, device="sim", requires_grad=True)
+    assert torch.autograd.gradcheck(cell, (x,))
+    assert torch.autograd.gradgradcheck(lambda x: cell(x)[0], (x,))
+
+
+def test_a_recurrent_cell_refuses_the_hosts_state() -> None:
+    with pytest.raises(RuntimeError, match="found at least two devices, sim:0 and cpu"):
+        torch.nn.LSTMCell(3, 2).to("sim")(
+            torch.ones(1, 3, device="sim"), (torch.ones(1, 2, device="sim"), torch.ones(1, 2))
+        )
 
 
 def test_sparse_results_are_refused_by_name() -> None:
