@@ -60,6 +60,33 @@ def test_inductor_writes_code_for_the_device_and_does_not_fall_back(sim: Any) ->
     assert 3 <= fused < sim.kernel_count()
 
 
+def test_code_for_several_devices_puts_each_result_where_eager_puts_it(sim: Any) -> None:
+    @torch.compile(fullgraph=True)
+    def across(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (a * 2).to("sim:1") + b, a.sin() @ a
+
+    @torch.compile(fullgraph=True)
+    def on_the_second(b: torch.Tensor) -> torch.Tensor:
+        return b.cos() + 1
+
+    a, b = torch.ones(4, 4, device="sim:0"), torch.ones(4, 4, device="sim:1")
+    assert [out.device.index for out in across(a, b)] == [1, 0]
+    before = sim.memory_allocated(0)
+    assert on_the_second(b).device.index == 1
+    assert sim.memory_allocated(0) == before
+
+
+def test_a_branch_is_compiled_where_its_tensors_are() -> None:
+    @torch.compile(fullgraph=True)
+    def choose(b: torch.Tensor) -> torch.Tensor:
+        return torch.cond(b.sum() > 0, lambda x: x.sin() + 1, lambda x: x.cos() * 2, (b,))  # type: ignore[no-any-return]
+
+    b = torch.ones(4, device="sim:1")
+    out = choose(b)
+    assert out.device.index == 1
+    torch.testing.assert_close(out, b.sin() + 1)
+
+
 def test_a_unet_in_channels_last_compiles_whole_and_gives_the_eager_numbers() -> None:
     pytest.importorskip("diffusers")
     from diffusers import UNet2DConditionModel

@@ -99,13 +99,7 @@ def _register_inductor() -> None:
 
     common.init_backend_registration()
 
-    class SimWrapper(wrapper.PythonWrapperCodegen):  # type: ignore[misc, unused-ignore]
-        @staticmethod
-        def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
-            if is_subgraph:
-                return wrapper.SubgraphPythonWrapperCodegen(subgraph_name, parent_wrapper, partition_signatures)
-            return SimWrapper()  # type: ignore[no-untyped-call]
-
+    class OnTheDevice:
         def _generate_kernel_call_helper(
             self, kernel_name: str, call_args: Any, *, device: Any = None, **more: Any
         ) -> None:
@@ -114,7 +108,22 @@ def _register_inductor() -> None:
             device = device or V.graph.get_current_device_or_throw()
             if device.type == "sim":
                 device = torch.device("cpu")  # a C++ kernel is called with pointers: no stream, no Triton launcher
-            super()._generate_kernel_call_helper(kernel_name, call_args, device=device, **more)
+            super()._generate_kernel_call_helper(kernel_name, call_args, device=device, **more)  # type: ignore[misc]
+
+        def make_allocation(self, name: str, device: torch.device, *given: Any, **more: Any) -> str:
+            line: str = super().make_allocation(name, device, *given, **more)  # type: ignore[misc]
+            # without the index a buffer would be on whichever device is current
+            return line.replace("device='sim'", f"device='{device}'")
+
+    class SimSubgraph(OnTheDevice, wrapper.SubgraphPythonWrapperCodegen):  # type: ignore[misc, unused-ignore]
+        pass
+
+    class SimWrapper(OnTheDevice, wrapper.PythonWrapperCodegen):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
+            if is_subgraph:
+                return SimSubgraph(subgraph_name, parent_wrapper, partition_signatures)
+            return SimWrapper()  # type: ignore[no-untyped-call]
 
     class SimOverrides(common.DeviceOpOverrides):  # type: ignore[misc, unused-ignore]
         def import_get_raw_stream_as(self, name: str) -> str:
