@@ -160,7 +160,7 @@ def test_another_third_partys_device_is_an_error() -> None:
     assert "torch has one place for a third party's device, and 'npu' has taken it." in ran.stderr
 
 
-@pytest.mark.parametrize(("said", "devices"), [("1", 1), ("5", 5), ("none", None), ("17", None)])
+@pytest.mark.parametrize(("said", "devices"), [("1", 1), ("5", 5), ("none", None), ("17", None), ("²", None)])
 def test_the_number_of_devices_is_taken_from_the_environment(said: str, devices: int | None) -> None:
     code = "import torch, pytest_diffopt.accelerators.simulated; print(torch.sim.device_count())"
     environment = {**os.environ, "DIFFOPT_SIM_DEVICES": said}
@@ -169,6 +169,21 @@ def test_the_number_of_devices_is_taken_from_the_environment(said: str, devices:
         assert f"DIFFOPT_SIM_DEVICES: found {said!r}; it takes a number of devices from 1 to 16" in ran.stderr
     else:
         assert ran.stdout == f"{devices}\n"
+
+
+def test_flags_that_no_shell_could_split_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFOPT_SIM_CXXFLAGS", "-O0 '")
+    with pytest.raises(ValueError, match=r"DIFFOPT_SIM_CXXFLAGS: found \"-O0 '\" \(No closing quotation\)"):
+        build.further_flags()
+
+
+def test_a_whole_library_that_cannot_be_loaded_says_what_to_remove(log: Path) -> None:
+    library = build.ensure_library()  # the quick compiler's, which is text
+    code = "import pytest_diffopt.accelerators.simulated"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = ran.stderr.splitlines()[-1]
+    assert last.startswith("pytest_diffopt.errors.UnverifiableError: The simulated accelerator was built and cannot be")
+    assert last.endswith(f"remove {library.parent}, and it is built again.")
 
 
 def test_torchs_compiler_is_not_imported_for_it() -> None:

@@ -35,7 +35,14 @@ def _load() -> None:
             f"The simulated accelerator cannot be used in this process: torch has one place for a third party's device, "
             f"and {other!r} has taken it. Run without the package that registers it."
         )
-    torch.ops.load_library(ensure_library())  # type: ignore[no-untyped-call]
+    library = ensure_library()
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UnverifiableError(
+            f"The simulated accelerator was built and cannot be loaded ({error.__cause__ or error}); "
+            f"remove {library.parent}, and it is built again."
+        ) from error
     from pytest_diffopt.accelerators.simulated import face, inductor
 
     face.register()

@@ -87,8 +87,18 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def further_flags() -> tuple[str, ...]:
-    """``$DIFFOPT_SIM_CXXFLAGS``, as a shell would split it."""
-    return tuple(shlex.split(os.environ.get(FLAGS_VARIABLE, "")))
+    """``$DIFFOPT_SIM_CXXFLAGS``, as a shell would split it.
+
+    Raises:
+        ValueError: a shell could not split it.
+    """
+    text = os.environ.get(FLAGS_VARIABLE, "")
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{FLAGS_VARIABLE}: found {text!r} ({error}); it takes flags as a shell splits them"
+        ) from error
 
 
 def cache_key(compiler: tuple[str, ...]) -> str:

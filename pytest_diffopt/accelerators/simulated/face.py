@@ -470,7 +470,7 @@ default_generators: tuple[torch.Generator, ...] = ()
 
 def _device_count_wanted() -> int:
     text = os.environ.get("DIFFOPT_SIM_DEVICES", "2")
-    if not text.isdigit() or not 1 <= int(text) <= 16:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 16:
         raise ValueError(f"DIFFOPT_SIM_DEVICES: found {text!r}; it takes a number of devices from 1 to 16")
     return int(text)
 
