@@ -271,6 +271,16 @@ def test_checkpointing_and_hooks() -> None:
     assert torch.equal(x.grad.cpu(), layer.weight.detach().cpu().sum(0).expand(2, 4))
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_drops_the_same_elements_again(use_reentrant: bool) -> None:
+    x = torch.ones(64, device="sim", requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(nn.Dropout(0.5), x, use_reentrant=use_reentrant)
+    out.sum().backward()
+    assert x.grad is not None
+    assert 0 < int((out == 0).sum()) < 64
+    assert torch.equal(x.grad, out)
+
+
 def test_gradient_scaling_finds_overflow() -> None:
     w = torch.ones(3, device="sim", requires_grad=True)
     optimizer = torch.optim.SGD([w], 0.1)

@@ -82,6 +82,8 @@ def init() -> None:
 
 
 _lazy_init = init
+# checkpointing keeps the device's random numbers only where this is so
+_initialized = True
 
 
 def _is_in_bad_fork() -> bool:
@@ -493,7 +495,7 @@ def register() -> None:
         "COUNTERS",
         "Device",
     }
-    kept = {"_lazy_init", "_is_in_bad_fork", "_exchange_device", "_maybe_exchange_device"}
+    kept = {"_lazy_init", "_initialized", "_is_in_bad_fork", "_exchange_device", "_maybe_exchange_device"}
     for name, value in globals().items():
         if name in kept or not (name.startswith("_") or name in hidden):
             setattr(module, name, value)
