@@ -84,6 +84,43 @@ def test_an_index_comes_from_the_host_or_from_the_same_device() -> None:
         x[torch.tensor([0, 3], device="sim:1")]
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x, number: x + number,
+        lambda x, number: number**x,
+        lambda x, number: x.clone().eq_(number),
+        lambda x, number: x.clone().fill_(number),
+        lambda x, number: x.masked_fill(x > 0, number),
+        lambda x, number: torch.where(x > 0, x, number),
+        lambda x, number: torch.nn.functional.mse_loss(x[0], number),
+        lambda x, number: torch._foreach_mul([x], number)[0],
+        lambda x, number: x[number.long() - 1][None],
+    ],
+)
+def test_a_number_in_a_tensor_of_the_host_goes_into_elementwise_operations(mix: Any) -> None:
+    assert mix(torch.ones(3, device="sim"), torch.tensor(2.0)).device == torch.device("sim:0")
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x, number: x.index_select(0, number.long()),
+        lambda x, number: x.gather(0, number.long()),
+        lambda x, number: x.take(number.long()),
+        lambda x, number: torch.nn.functional.cross_entropy(x, number.long()),
+        lambda x, number: torch.bucketize(number, x),
+        lambda x, number: torch.isin(number, x),
+        lambda x, number: x.masked_select(number > 0),
+        lambda x, number: number.add_(x[0]),
+        lambda x, number: torch.add(x[0], x[1], out=number),
+    ],
+)
+def test_a_number_in_a_tensor_of_the_host_goes_nowhere_else(mix: Any) -> None:
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device, but found at least two"):
+        mix(torch.ones(3, device="sim"), torch.tensor(0.0))
+
+
 def test_a_result_that_is_a_host_argument_stays_on_the_host() -> None:
     number = torch.tensor(2.0)
     assert torch.add(torch.ones(2, device="sim"), number).device.type == "sim"
@@ -104,6 +141,8 @@ def test_generators_draw_by_their_own_state(sim: Any) -> None:
     assert torch.equal(torch.rand(3, device="sim", generator=copied), torch.rand(3, device="sim", generator=generator))
     with pytest.raises(RuntimeError, match="Expected a 'sim' device type for generator but found 'cpu'"):
         torch.randn(7, device="sim", generator=host)
+    with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for generator but found 'sim'"):
+        torch.randn(7, generator=generator)
 
 
 def test_each_device_has_a_default_generator_that_a_seed_sets(sim: Any) -> None:

@@ -28,6 +28,21 @@ bool takes_host_indices(const std::string& name) {
   return names.count(name) > 0;
 }
 
+// A number in a tensor of the host goes into elementwise operations and nowhere else, as on CUDA: these are the ones
+// that torch does not tag as pointwise, though CUDA does not check their devices.
+bool takes_host_numbers(const c10::OperatorHandle& op) {
+  static const std::unordered_set<std::string> untagged{
+      "aten::__irshift__", "aten::bernoulli_", "aten::binary_cross_entropy", "aten::copysign_", "aten::eq_",
+      "aten::fill_", "aten::floor_divide", "aten::floor_divide_", "aten::ge_", "aten::gt_", "aten::heaviside_",
+      "aten::index_fill_", "aten::le_", "aten::lt_", "aten::masked_fill_", "aten::mse_loss", "aten::ne_", "aten::rsub",
+      "aten::smooth_l1_loss", "aten::where"};
+  const auto& name = op.operator_name();
+  // who wrote an operation of another library knows where its numbers lie
+  return name.getNamespace() != "aten" || op.hasTag(at::Tag::pointwise) || untagged.count(name.name) ||
+      takes_host_indices(name.name) || name.name.rfind("aten::_foreach_", 0) == 0 ||
+      name.name.rfind("aten::_fused_", 0) == 0;
+}
+
 // Draws without a generator argument (dropout) come from the device's generator too, not from the host's.
 class DrawsOf {
  public:
@@ -64,32 +79,36 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const Running running(op.operator_name().name.c_str());
   Aliases aliases;
-  bool to_host = false, has_generator = false;
+  bool to_host = false, has_generator = false, host_tensor = false;
   std::optional<c10::Device> stranger;
-  auto pass = [&](const at::Tensor& tensor) -> at::Tensor {
+  const bool host_numbers = takes_host_numbers(op);
+  auto pass = [&](const at::Tensor& tensor, bool written) -> at::Tensor {
     if (on_sim(tensor)) {
       if (aliases.index >= 0 && tensor.device().index() != aliases.index) stranger = tensor.device();
       return aliases.host(tensor);
     }
     if (tensor.defined() && tensor.device().is_cpu()) {
-      // A number in a tensor goes anywhere, as on CUDA.
-      if (tensor.dim() > 0 && !stranger) stranger = tensor.device();
+      host_tensor = true;
+      const bool number = tensor.dim() == 0 && !written && host_numbers;
+      if (!number && !stranger) stranger = tensor.device();
       aliases.keep_on_host(tensor);
     }
     return tensor;
   };
   for (size_t i = first; i < first + count; i++) {
     auto& value = (*stack)[i];
+    const auto* alias = schema.arguments()[i - first].alias_info();
+    const bool written = alias && alias->isWrite();
     if (value.isTensor()) {
-      if (value.toTensor().defined()) value = pass(value.toTensor());
+      if (value.toTensor().defined()) value = pass(value.toTensor(), written);
     } else if (value.isTensorList()) {
       std::vector<at::Tensor> passed;
-      for (const at::Tensor& tensor : value.toTensorVector()) passed.push_back(pass(tensor));
+      for (const at::Tensor& tensor : value.toTensorVector()) passed.push_back(pass(tensor, written));
       value = c10::List<at::Tensor>(std::move(passed));
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> passed;
       for (const auto& tensor : value.toOptionalTensorVector())
-        passed.push_back(tensor.has_value() ? std::optional<at::Tensor>(pass(*tensor)) : std::nullopt);
+        passed.push_back(tensor.has_value() ? std::optional<at::Tensor>(pass(*tensor, written)) : std::nullopt);
       value = std::move(passed);
     } else if (value.isGenerator()) {
       has_generator = true;
@@ -110,6 +129,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         "Expected all tensors to be on the same device, but found at least two devices, sim:", aliases.index, " and ",
         *stranger, "! (when checking arguments of ", toString(op.operator_name()), ")");
   }
+  // torch comes here for the generator's sake alone
+  TORCH_CHECK(
+      !has_generator || !host_tensor || aliases.index >= 0,
+      "Expected a 'cpu' device type for generator but found 'sim'");
   if (aliases.index < 0) aliases.index = current_device();
   count_kernel(aliases.index);
   if (ledger_open()) credit_operation(aliases.blocks());
