@@ -19,8 +19,8 @@ from pytest_diffopt.report.rows import (
     worst,
 )
 
-_NAME_WIDTH = 32
-"""Columns that a recipe's name gets before the titles of other columns do."""
+_NAME_WIDTH, _VERDICT_WIDTH = 32, 24
+"""Columns that a recipe's name and verdict get before the titles of other columns do."""
 
 _LOG_WIDTH = 160
 """Columns of a table that goes to no terminal: a log does not wrap, and a file's reader scrolls."""
@@ -128,7 +128,8 @@ def _number(value: float | None) -> str:
 
 
 _COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "known": "cyan", "passed": "green"}
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_Column = tuple[str, Callable[[Row], str]]
+_COLUMNS: tuple[_Column, ...] = (
     ("latency cold / warm (s)", _latency),
     ("peak memory load / call (MiB)", _peaks),
     ("transfers in / out (MiB)", _transfers),
@@ -139,11 +140,28 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+_LEAST_TELLING = tuple(_COLUMNS[place] for place in (2, 6, 0, 1, 3, 4, 5))
 _OF_MEMORY: dict[Callable[[Row], str], str] = {_peaks: "peak_bytes", _transfers: "h2d_bytes"}
 
 
+def _fitting(columns: list[_Column], rows: Sequence[Row], width: int) -> list[_Column]:
+    """The columns that have room, each as wide as the longest word of its title or figure; the least telling go first."""
+
+    def room(column: _Column) -> int:
+        title, shown = column
+        return max(map(len, [*title.split(), *(shown(row) for row in rows)])) + 3
+
+    kept = list(columns)
+    for _, shown in _LEAST_TELLING:
+        if sum(map(room, kept)) <= width:
+            break
+        kept = [column for column in kept if column[1] is not shown]
+    return kept
+
+
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
-    """The table of recipes, a row each, in ``width`` columns. Memory has columns where it is known of any."""
+    """The table of recipes, a row each, in ``width`` columns. Memory has columns where it is known of any, and where
+    the width does not do for all columns, the verdict stays."""
     import io
 
     from rich import box
@@ -156,11 +174,13 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
         column for column in _COLUMNS if column[1] not in _OF_MEMORY or any(row[_OF_MEMORY[column[1]]] for row in rows)
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    longest = max((len(row["recipe"]) for row in rows), default=0)
-    table.add_column("recipe", overflow="fold", min_width=min(longest, _NAME_WIDTH, width // 5))
+    names_width = min(max([len("recipe"), *(len(row["recipe"]) for row in rows)]), _NAME_WIDTH)
+    columns = _fitting(columns, rows, width - names_width - _VERDICT_WIDTH)
+    table.add_column("recipe", overflow="fold", width=min(names_width, width // 3))
     for title, _ in columns:
         table.add_column(title, justify="right")
-    table.add_column("verdict", overflow="fold")
+    verdicts_width = max([len("verdict"), *(len(verdict_text(row["statuses"])) for row in rows)])
+    table.add_column("verdict", overflow="fold", width=min(verdicts_width, max(_VERDICT_WIDTH, width // 5), width // 3))
     for row in rows:
         name = row["recipe"] if names.count(row["recipe"]) == 1 else row["source"] or row["recipe"]
         verdict = Text(verdict_text(row["statuses"]), style=_COLORS.get(worst(row["statuses"]), ""))
