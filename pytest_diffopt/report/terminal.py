@@ -180,7 +180,7 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     for title, _ in columns:
         table.add_column(title, justify="right")
     verdicts_width = max([len("verdict"), *(len(verdict_text(row["statuses"])) for row in rows)])
-    table.add_column("verdict", overflow="fold", width=min(verdicts_width, max(_VERDICT_WIDTH, width // 5), width // 3))
+    table.add_column("verdict", overflow="fold", width=min(verdicts_width, max(_VERDICT_WIDTH, width * 3 // 8)))
     for row in rows:
         name = row["recipe"] if names.count(row["recipe"]) == 1 else row["source"] or row["recipe"]
         verdict = Text(verdict_text(row["statuses"]), style=_COLORS.get(worst(row["statuses"]), ""))
