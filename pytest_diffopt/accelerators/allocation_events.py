@@ -24,6 +24,7 @@ class AllocationEvent(NamedTuple):
         mark: the last number that was given to :meth:`Accelerator.mark_allocation_events` before it.
         source: the block that was copied, also one of the host; 0 where nothing was, and on CUDA.
         pinned: whether that block is pinned memory of the host.
+        low, high: of a kernel's workspace on the dry simulated device, at the least and at the most; else 0.
     """
 
     block: int
@@ -32,6 +33,8 @@ class AllocationEvent(NamedTuple):
     mark: int
     source: int = 0
     pinned: bool = False
+    low: int = 0
+    high: int = 0
 
 
 class SimulatedEvents:

@@ -9,6 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
+from pytest_diffopt.accelerators.simulated.dry import (
+    dry,
+    host_memory_stats,
+    is_dry,
+    is_hollow,
+    register_cost,
+    register_dry_kernel,
+    reset_peak_host_memory_stats,
+)
+
 NAME = "Simulated accelerator"
 CAPABILITY = (8, 0)
 
@@ -315,6 +325,8 @@ class MemoryEvent(NamedTuple):
         mark: the last one that :func:`mark_memory_events` was given before it.
         source: the block that was copied, else 0.
         pinned: whether that is pinned memory of the host.
+        low, high: of a kernel's workspace that a cost rule foretold, and that is given back at once: its bytes at the
+            least and at the most, where ``bytes`` are the expected ones; else 0.
     """
 
     block: int
@@ -323,6 +335,8 @@ class MemoryEvent(NamedTuple):
     mark: int
     source: int
     pinned: bool
+    low: int = 0
+    high: int = 0
 
 
 def record_memory_events(enabled: bool = True) -> None:
@@ -340,8 +354,8 @@ def recorded_memory_events(device: Device = None) -> list[MemoryEvent]:
     names = _ops.ledger_operations()
     index = _index(device)
     return [
-        MemoryEvent(block, count, names[operation], mark, source, bool(pinned))
-        for block, count, source, pinned, operation, mark, on in _ops.ledger_events().tolist()
+        MemoryEvent(block, count, names[operation], mark, source, bool(pinned), low, high)
+        for block, count, source, pinned, operation, mark, on, low, high in _ops.ledger_events().tolist()
         if on == index
     ]
 

@@ -1,5 +1,7 @@
 #include "aliasing.h"
 
+#include "dry.h"
+#include "ledger.h"
 #include "memory.h"
 
 namespace sim {
@@ -24,6 +26,18 @@ at::Tensor tensor_over(
 
 }  // namespace
 
+c10::intrusive_ptr<c10::StorageImpl> Aliases::kernel_storage(const c10::StorageImpl& storage) const {
+  if (dry_)
+    return c10::make_intrusive<c10::StorageImpl>(
+        c10::StorageImpl::use_byte_size_t(), storage.nbytes(), c10::DataPtr(nullptr, c10::Device(c10::DeviceType::Meta)),
+        c10::GetAllocator(c10::DeviceType::Meta), /*resizable=*/true);
+  if (hollow(storage)) refuse_hollow(Running::operation());
+  return c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
+      c10::DataPtr(const_cast<void*>(storage.data()), nullptr, &nothing, c10::Device(c10::DeviceType::CPU)),
+      host_allocator(), /*resizable=*/true);
+}
+
 at::Tensor Aliases::host(const at::Tensor& tensor) {
   const auto* impl = tensor.unsafeGetTensorImpl();
   for (auto& pair : tensors_)
@@ -34,21 +48,30 @@ at::Tensor Aliases::host(const at::Tensor& tensor) {
   for (auto& pair : storages_)
     if (pair.device.get() == storage) alias = pair.host;
   if (!alias) {
-    alias = c10::make_intrusive<c10::StorageImpl>(
-        c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
-        c10::DataPtr(const_cast<void*>(storage->data()), nullptr, &nothing, c10::Device(c10::DeviceType::CPU)),
-        host_allocator(), /*resizable=*/true);
+    alias = kernel_storage(*storage);
     storages_.push_back(
         {c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage), alias, storage->data()});
   }
-  at::Tensor view = tensor_over(alias, c10::DispatchKey::CPU, tensor);
+  at::Tensor view = tensor_over(alias, dry_ ? c10::DispatchKey::Meta : c10::DispatchKey::CPU, tensor);
   // Only when true: setting it on a tensor that has dimensions asserts.
   if (impl->is_wrapped_number()) view.unsafeGetTensorImpl()->set_wrapped_number(true);
   tensors_.push_back({tensor, view});
   return view;
 }
 
-void Aliases::keep_on_host(const at::Tensor& tensor) { host_arguments_.push_back(tensor); }
+at::Tensor Aliases::keep_on_host(const at::Tensor& tensor) {
+  const auto* impl = tensor.unsafeGetTensorImpl();
+  if (!dry_ || impl->is_wrapped_number()) {  // a Python number is what it is
+    host_arguments_.push_back(tensor);
+    return tensor;
+  }
+  for (auto& pair : tensors_)
+    if (pair.device.unsafeGetTensorImpl() == impl) return pair.host;
+  const at::Tensor view =
+      tensor_over(kernel_storage(*tensor.storage().unsafeGetStorageImpl()), c10::DispatchKey::Meta, tensor);
+  tensors_.push_back({tensor, view});
+  return view;
+}
 
 const c10::intrusive_ptr<c10::StorageImpl>& Aliases::device_storage(const at::Tensor& host) {
   auto* storage = host.storage().unsafeGetStorageImpl();
@@ -56,13 +79,14 @@ const c10::intrusive_ptr<c10::StorageImpl>& Aliases::device_storage(const at::Te
     if (pair.host.get() == storage) return pair.device;
   const size_t bytes = storage->nbytes();
   auto made = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), bytes, adopt(*storage, index), device_allocator(), /*resizable=*/true);
+      c10::StorageImpl::use_byte_size_t(), bytes, dry_ ? take_hollow(bytes, index) : adopt(*storage, index),
+      device_allocator(), /*resizable=*/true);
   storages_.push_back({std::move(made), c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage), nullptr});
   return storages_.back().device;
 }
 
 at::Tensor Aliases::device(const at::Tensor& tensor) {
-  if (!tensor.defined() || !tensor.device().is_cpu()) return tensor;
+  if (!tensor.defined() || !(dry_ ? tensor.is_meta() : tensor.is_cpu())) return tensor;
   TORCH_CHECK_NOT_IMPLEMENTED(
       tensor.layout() == c10::kStrided && !tensor.is_quantized(), "The simulated device holds dense tensors only; found ",
       tensor.is_quantized() ? "a quantized" : "a sparse", " one.");
@@ -82,14 +106,16 @@ std::vector<int64_t> Aliases::blocks() const {
 
 void Aliases::carry_back() {
   for (auto& pair : storages_) {
-    if (pair.host->data() == pair.data) continue;
     const size_t bytes = pair.host->nbytes();
-    pair.device->set_data_ptr_noswap(adopt(*pair.host, pair.device->device().index()));
+    if (dry_ ? bytes <= pair.device->nbytes() : pair.host->data() == pair.data) continue;
+    const int on = pair.device->device().index();
+    pair.device->set_data_ptr_noswap(dry_ ? take_hollow(bytes, on) : adopt(*pair.host, on));
     pair.device->set_nbytes(bytes);
     // What returns from here on is a view of this memory.
     pair.data = nullptr;
   }
   for (size_t i = 0; i < tensors_.size(); i++) {
+    if (!on_sim(tensors_[i].device)) continue;
     auto* device = tensors_[i].device.unsafeGetTensorImpl();
     const auto* host = tensors_[i].host.unsafeGetTensorImpl();
     const auto& storage = device_storage(tensors_[i].host);

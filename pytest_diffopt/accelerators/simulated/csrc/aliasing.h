@@ -1,5 +1,6 @@
 // One call's tensors on both sides: the same memory seen as a host tensor by the CPU's kernel, and as a device tensor
-// by everybody else. Nothing is copied.
+// by everybody else. Nothing is copied. In a dry call the kernel is torch's meta kernel: it sees meta tensors, which have
+// the same shapes and share storages alike, and what it returns becomes hollow memory.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
@@ -22,10 +23,11 @@ class KernelScope {
 
 class Aliases {
  public:
-  // The host's view of a device tensor; the same one if it is asked for again.
+  explicit Aliases(bool dry = false) : dry_(dry) {}
+  // The kernel's view of a device tensor; the same one if it is asked for again. Raises for a hollow one in a real call.
   at::Tensor host(const at::Tensor& tensor);
-  // A host tensor that is an argument as it stands: it stays on the host if it comes back.
-  void keep_on_host(const at::Tensor& tensor);
+  // A host tensor that is an argument: it stays on the host if it comes back. A meta kernel gets a meta tensor for it.
+  at::Tensor keep_on_host(const at::Tensor& tensor);
   // The device's view of what a kernel returned: an argument, a view of one, or new memory, which is taken over.
   at::Tensor device(const at::Tensor& tensor);
   // The device's blocks among the arguments.
@@ -45,7 +47,9 @@ class Aliases {
     const void* data;  // at the beginning of the call
   };
   const c10::intrusive_ptr<c10::StorageImpl>& device_storage(const at::Tensor& host);
+  c10::intrusive_ptr<c10::StorageImpl> kernel_storage(const c10::StorageImpl& storage) const;
 
+  const bool dry_;
   c10::SmallVector<TensorPair, 6> tensors_;
   c10::SmallVector<StoragePair, 6> storages_;
   c10::SmallVector<at::Tensor, 2> host_arguments_;

@@ -2,14 +2,17 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/IListRef.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <unordered_set>
 
 #include "aliasing.h"
+#include "dry.h"
 #include "ledger.h"
 #include "memory.h"
 
@@ -66,32 +69,175 @@ class DrawsOf {
   at::Tensor kept_;
 };
 
+template <class Visit>
+void each_tensor(const c10::IValue& value, Visit visit) {
+  if (value.isTensor()) {
+    visit(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
+  } else if (value.isOptionalTensorList()) {
+    for (const auto& tensor : value.toOptionalTensorVector())
+      if (tensor.has_value()) visit(*tensor);
+  }
+}
+
+bool any_hollow(const torch::jit::Stack& stack, size_t first) {
+  bool found = false;
+  for (size_t i = first; i < stack.size() && !found; i++)
+    each_tensor(stack[i], [&](const at::Tensor& tensor) { found = found || hollow(tensor); });
+  return found;
+}
+
+// Advanced indexing by a mask takes as many rows as the mask has ones: where nobody knows how many, it takes all.
+void take_every_row(const c10::OperatorHandle& op, c10::IValue& indices) {
+  c10::List<std::optional<at::Tensor>> taken;
+  for (const auto& index : indices.toOptionalTensorVector()) {
+    const bool mask = index.has_value() && index->defined() &&
+        (index->scalar_type() == at::kBool || index->scalar_type() == at::kByte);
+    if (!mask) {
+      taken.push_back(index);
+      continue;
+    }
+    note_guess(toString(op.operator_name()) + " by a mask: every element of the mask was taken");
+    for (int64_t dimension = 0; dimension < index->dim(); dimension++)
+      taken.push_back(at::empty({index->numel()}, at::TensorOptions(at::kLong).device(c10::DeviceType::Meta)));
+  }
+  indices = std::move(taken);
+}
+
+// Structured operations work out their results' shapes, strides and dtypes, and take the memory, before anything is
+// computed: torch's composite kernel does that on the device's own tensors and then calls the out= variant, which has
+// nothing left to do on a dry device. torch's meta kernels in Python stride some results otherwise than its real ones.
+thread_local const c10::OperatorHandle* t_shaping = nullptr;
+
+class Shaping {
+ public:
+  explicit Shaping(const c10::OperatorHandle* op) : outer_(t_shaping) { t_shaping = op; }
+  ~Shaping() { t_shaping = outer_; }
+  Shaping(const Shaping&) = delete;
+
+ private:
+  const c10::OperatorHandle* outer_;
+};
+
+bool is_structured(const c10::OperatorHandle& op) {
+  return op.hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional);
+}
+
+void run_shapes(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const Shaping shaping(&op);
+  // the composite kernel is that of every device of a third party that has no kernel of its own
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), stack);
+}
+
+// Whether this is the out= variant that the operation's composite kernel calls once it knows its results.
+bool ends_shaping(const c10::OperatorHandle& op) {
+  if (!t_shaping) return false;
+  std::string_view shaped = t_shaping->operator_name().name;
+  if (shaped.back() == '_') shaped.remove_suffix(1);
+  return op.operator_name().name == shaped && op.schema().is_mutable();
+}
+
+// Its results are what it was given to write to; nobody knows what they hold.
+void end_shaping(const c10::OperatorHandle& op, torch::jit::Stack* stack, size_t first) {
+  const auto& arguments = op.schema().arguments();
+  std::vector<at::Tensor> written;
+  for (size_t i = 0; i < arguments.size(); i++)
+    if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite())
+      each_tensor((*stack)[first + i], [&](const at::Tensor& tensor) { written.push_back(tensor); });
+  const Running running(t_shaping->operator_name().name.c_str());
+  std::vector<int64_t> blocks;
+  for (const auto& tensor : written) {
+    auto& storage = *tensor.storage().unsafeGetStorageImpl();
+    make_hollow(storage);
+    blocks.push_back(block_number(storage));
+  }
+  if (ledger_open()) credit_operation(blocks);
+  stack->resize(first);
+  if (op.schema().returns().size() == written.size())
+    for (auto& tensor : written) stack->emplace_back(std::move(tensor));
+}
+
+void run_meta_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  bool known = op.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta);
+  try {
+    if (known) op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
+  } catch (const std::exception& error) {
+    // torch has one meta kernel for all operations that lack one, which says so
+    if (std::string_view(error.what()).find("no fake impl or Meta kernel registered") == std::string_view::npos) throw;
+    known = false;
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      known, "On the dry device ", toString(op.operator_name()),
+      " has neither a meta kernel nor a rule, so nobody knows what it returns. torch.sim.register_dry_kernel gives it one.");
+}
+
+std::vector<int64_t> blocks_from(const torch::jit::Stack& stack, size_t first) {
+  std::vector<int64_t> blocks;
+  for (size_t i = first; i < stack.size(); i++)
+    each_tensor(stack[i], [&](const at::Tensor& tensor) {
+      if (on_sim(tensor)) blocks.push_back(block_number(*tensor.storage().unsafeGetStorageImpl()));
+    });
+  return blocks;
+}
+
+// A rule allocates with aten::empty on the device: that is the doing of the operation that it stands for.
+void run_rule(const c10::OperatorHandle& rule, const c10::OperatorHandle& op, torch::jit::Stack* stack, size_t first) {
+  for (size_t i = first; i < stack->size(); i++) {
+    if (!(*stack)[i].isTensor() || !on_sim((*stack)[i].toTensor())) continue;
+    count_kernel((*stack)[i].toTensor().device().index());
+    break;
+  }
+  if (ledger_open()) credit_operation(blocks_from(*stack, first));
+  KernelScope kernel;
+  rule.callBoxed(stack);
+  if (ledger_open()) credit_operation(blocks_from(*stack, stack->size() - op.schema().returns().size()));
+}
+
 }  // namespace
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const size_t count = schema.arguments().size();
   const size_t first = stack->size() - count;
+  if (ends_shaping(op)) return end_shaping(op, stack, first);
+  const bool is_dry = any_hollow(*stack, first);
   if (g_recording) {
     std::lock_guard<std::mutex> held(g_recorded_lock);
     g_recorded[toString(op.operator_name())]++;
   }
 
   const Running running(op.operator_name().name.c_str());
-  Aliases aliases;
+  if (is_dry) {
+    if (!dry()) refuse_hollow(Running::operation());
+    if (const auto rule = find_rule(Rule::Kernel, op.operator_name())) {
+      run_rule(*rule, op, stack, first);
+      return;
+    }
+    if (takes_host_indices(op.operator_name().name)) take_every_row(op, (*stack)[first + 1]);
+  }
+  std::optional<c10::OperatorHandle> cost;
+  std::vector<c10::IValue> arguments;
+  if (dry() && (cost = find_rule(Rule::Cost, op.operator_name())))
+    arguments.assign(stack->begin() + static_cast<int64_t>(first), stack->end());
+  std::vector<at::Tensor> written_to;
+  const bool shapes = is_dry && is_structured(op);
+  Aliases aliases(is_dry);
   bool to_host = false, has_generator = false, host_tensor = false;
   std::optional<c10::Device> stranger;
   const bool host_numbers = takes_host_numbers(op);
   auto pass = [&](const at::Tensor& tensor, bool written) -> at::Tensor {
     if (on_sim(tensor)) {
       if (aliases.index >= 0 && tensor.device().index() != aliases.index) stranger = tensor.device();
-      return aliases.host(tensor);
+      if (is_dry && written) written_to.push_back(tensor);
+      const at::Tensor host = aliases.host(tensor);
+      return shapes ? tensor : host;
     }
     if (tensor.defined() && tensor.device().is_cpu()) {
       host_tensor = true;
       const bool number = tensor.dim() == 0 && !written && host_numbers;
       if (!number && !stranger) stranger = tensor.device();
-      aliases.keep_on_host(tensor);
+      return shapes ? tensor : aliases.keep_on_host(tensor);
     }
     return tensor;
   };
@@ -112,12 +258,12 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = std::move(passed);
     } else if (value.isGenerator()) {
       has_generator = true;
-      value = host_generator(value.toGenerator());
+      value = is_dry ? c10::IValue() : c10::IValue(host_generator(value.toGenerator()));
     } else if (value.isDevice()) {
       const auto device = value.toDevice();
       if (device.type() == kSim) {
         if (aliases.index < 0) aliases.index = resolve_device(device.index());
-        value = c10::Device(c10::DeviceType::CPU);
+        value = c10::Device(is_dry ? c10::DeviceType::Meta : c10::DeviceType::CPU);
       } else if (device.is_cpu()) {
         to_host = true;
       }
@@ -138,7 +284,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (ledger_open()) credit_operation(aliases.blocks());
 
   std::optional<DrawsOf> draws;
-  if (!has_generator && op.hasTag(at::Tag::nondeterministic_seeded)) {
+  if (!is_dry && !has_generator && op.hasTag(at::Tag::nondeterministic_seeded)) {
     bool given = false;
     for (size_t i = 0; i < count; i++) {
       const auto& type = *schema.arguments()[i].type();
@@ -152,21 +298,33 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   {
     KernelScope kernel;
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+    if (shapes) {
+      run_shapes(op, stack);
+    } else if (is_dry) {
+      run_meta_kernel(op, stack);
+    } else {
+      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+    }
   }
   draws.reset();
-  aliases.carry_back();
+  if (!shapes) aliases.carry_back();
+  for (const auto& tensor : written_to) make_hollow(*tensor.storage().unsafeGetStorageImpl());
   if (to_host) return;
+  std::vector<at::Tensor> results;
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (value.isTensor()) {
+    if (shapes) {
+      // they are on the device already
+    } else if (value.isTensor()) {
       if (value.toTensor().defined()) value = aliases.device(value.toTensor());
     } else if (value.isTensorList()) {
       std::vector<at::Tensor> returned;
       for (const at::Tensor& tensor : value.toTensorVector()) returned.push_back(aliases.device(tensor));
       value = c10::List<at::Tensor>(std::move(returned));
     }
+    if (cost) each_tensor(value, [&](const at::Tensor& tensor) { results.push_back(tensor); });
   }
+  if (cost) charge_cost(*cost, aliases.index, results, std::move(arguments));
 }
 
 void record_operations(bool on) {

@@ -1,5 +1,6 @@
 // The operations that the fallback cannot run: they allocate, share or move memory, or choose by device.
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/Resize.h>
@@ -11,6 +12,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/copy_native.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
@@ -20,6 +22,7 @@
 #include <torch/library.h>
 
 #include "aliasing.h"
+#include "dry.h"
 #include "ledger.h"
 #include "memory.h"
 
@@ -68,6 +71,27 @@ Tensor efficient_zeros(
       std::nullopt);
 }
 
+bool unknown_on_host(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.has_storage() && sim::unknown_on_host(*tensor.storage().unsafeGetStorageImpl());
+}
+
+// A copy of what nobody computed: only whether it could be copied is seen, and that it is not known there either.
+void copy_unknown(const Tensor& to, const Tensor& from) {
+  if (!dry()) refuse_hollow("aten::copy_");
+  at::infer_size(to.sizes(), from.sizes());
+  TORCH_CHECK(
+      at::is_expandable_to(from.sizes(), to.sizes()), "The size of tensor a ", to.sizes(),
+      " must match the size of tensor b ", from.sizes());
+  auto& storage = *to.storage().unsafeGetStorageImpl();
+  if (on_sim(to)) {
+    make_hollow(storage);
+    return;
+  }
+  // large host memory has pages of noughts by itself
+  if (static_cast<int64_t>(to.nbytes()) <= real_bytes()) Tensor(to).zero_();
+  mark_unknown_on_host(storage);
+}
+
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   const bool to_sim = on_sim(to), from_sim = on_sim(from);
   const int device = (to_sim ? to : from).device().index();
@@ -82,6 +106,10 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   const Running running("aten::copy_");
   if (ledger_open() && to.has_storage() && from.has_storage())
     note_copy(*to.storage().unsafeGetStorageImpl(), *from.storage().unsafeGetStorageImpl(), device);
+  if (hollow(to) || hollow(from) || (to_sim && unknown_on_host(from))) {
+    copy_unknown(to, from);
+    return to;
+  }
   Aliases aliases;
   KernelScope kernel;
   Tensor target = to_sim ? aliases.host(to) : to;
@@ -102,9 +130,27 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 
 c10::Scalar local_scalar(const Tensor& tensor) {
   count_copy(tensor.device().index(), Direction::DeviceToHost, static_cast<int64_t>(tensor.element_size()));
-  Aliases aliases;
+  const Running running("aten::_local_scalar_dense");
   KernelScope kernel;
+  if (hollow(tensor)) {
+    if (const auto rule = find_rule(Rule::Kernel, {"aten::_local_scalar_dense", ""})) {
+      torch::jit::Stack stack{tensor};
+      rule->callBoxed(&stack);
+      return stack.back().toScalar();
+    }
+  }
+  Aliases aliases;
   return at::_local_scalar_dense(aliases.host(tensor));
+}
+
+// Between host tensors: what is large is not copied while the device is dry, since nobody will read it.
+Tensor& copy_on_host(Tensor& to, const Tensor& from, bool non_blocking) {
+  constexpr int64_t kSkippedBytes = int64_t(16) << 20;
+  if (dry() && to.is_cpu() && from.is_cpu() && static_cast<int64_t>(to.nbytes()) >= kSkippedBytes) {
+    copy_unknown(to, from);
+    return to;
+  }
+  return at::native::copy_(to, from, non_blocking);
 }
 
 const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
@@ -163,7 +209,7 @@ Tensor convolution(
   check_same_device(input, weight);
   if (bias.has_value()) check_same_device(input, *bias);
   const Running running("aten::convolution");
-  Aliases aliases;
+  Aliases aliases(hollow(input) || hollow(weight) || (bias.has_value() && hollow(*bias)));
   count_kernel(input.device().index());
   KernelScope kernel;
   std::optional<Tensor> host_bias;
@@ -171,7 +217,13 @@ Tensor convolution(
   if (bias.has_value() && bias->defined()) host_bias = aliases.host(*bias);
   const Tensor result = at::convolution(
       host_input, host_weight, host_bias, stride, padding, dilation, transposed, output_padding, groups);
-  return aliases.device(in_foretold_layout(result, input, weight));
+  const Tensor returned = aliases.device(in_foretold_layout(result, input, weight));
+  if (dry())
+    if (const auto rule = find_rule(Rule::Cost, {"aten::convolution", ""}))
+      charge_cost(
+          *rule, input.device().index(), {returned},
+          {input, weight, bias, stride, padding, dilation, transposed, output_padding, groups});
+  return returned;
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(
@@ -180,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   check_same_device(input, weight);
   check_same_device(input, grad);
   const Running running("aten::convolution_backward");
-  Aliases aliases;
+  Aliases aliases(hollow(input) || hollow(weight) || hollow(grad));
   count_kernel(input.device().index());
   KernelScope kernel;
   const int64_t bias_size = transposed ? weight.size(1) * groups : weight.size(0);
@@ -220,6 +272,8 @@ int64_t attention_choice(
   TORCH_CHECK(context.userEnabledMathSDP(), "No available kernel. Aborting execution.");
   return static_cast<int64_t>(at::SDPBackend::math);
 }
+
+TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);

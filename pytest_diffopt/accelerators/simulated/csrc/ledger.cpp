@@ -45,7 +45,7 @@ int64_t number_of_operation(Ledger& the) {
 void add(int64_t block, int64_t bytes, int64_t source, bool pinned, int device) {
   auto& the = ledger();
   std::lock_guard<std::mutex> held(the.lock);
-  the.events.push_back({block, bytes, source, pinned, number_of_operation(the), the.mark, device});
+  the.events.push_back({block, bytes, source, pinned, number_of_operation(the), the.mark, device, 0, 0});
   const std::string_view name = Running::operation();
   if (bytes <= 0 || (name != "aten::empty" && name != "aten::empty_strided")) return;
   if (t_waiting.recording != the.recording) t_waiting = {the.recording, {}};
@@ -74,6 +74,15 @@ void mark_ledger(int64_t mark) {
 }
 
 void note_memory(int64_t block, int64_t bytes, int device) { add(block, bytes, 0, false, device); }
+
+void note_workspace(int64_t block, int64_t low, int64_t high, int device) {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  if (the.events.empty() || the.events.back().block != block)
+    the.events.push_back({block, 0, 0, false, number_of_operation(the), the.mark, device, 0, 0});
+  the.events.back().low = low;
+  the.events.back().high = high;
+}
 
 void credit_operation(const std::vector<int64_t>& blocks) {
   if (t_waiting.events.empty()) return;

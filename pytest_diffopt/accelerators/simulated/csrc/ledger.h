@@ -30,6 +30,7 @@ struct LedgerEvent {
   int64_t operation;
   int64_t mark;
   int64_t device;
+  int64_t low, high;  // of a kernel's workspace, which is given back at once: at the least and at the most; else 0
 };
 
 extern std::atomic<bool> g_ledger_open;
@@ -40,6 +41,8 @@ void open_ledger(bool open);
 // Stands in every later event.
 void mark_ledger(int64_t mark);
 void note_memory(int64_t block, int64_t bytes, int device);
+// The block that was taken last, or none if that is expected to take nothing, is a kernel's workspace.
+void note_workspace(int64_t block, int64_t low, int64_t high, int device);
 // Most operations get the memory for their result from aten::empty: what this thread took there is the doing of the
 // operation that comes next, if that is given it.
 void credit_operation(const std::vector<int64_t>& blocks);

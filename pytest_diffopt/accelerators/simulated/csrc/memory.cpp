@@ -13,8 +13,11 @@
 #include <map>
 #include <mutex>
 
+#include <sys/mman.h>
+
 #include "caching.h"
 #include "device.h"
+#include "dry.h"
 #include "ledger.h"
 
 namespace sim {
@@ -49,11 +52,21 @@ struct Header {
   Block* block;  // null if it was not taken through the cache
   int64_t number;
   int32_t device;
+  bool pinned;
+  bool counted;    // among what the host holds: taken while the device was dry
+  bool unknown;    // on the host: something was copied into it that nobody computed
+  int64_t mapped;  // pages of its own, so many bytes; else 0
 };
 constexpr size_t kHeaderBytes = 64;  // keeps torch's alignment of host memory
 static_assert(sizeof(Header) <= kHeaderBytes);
 
 std::atomic<int64_t> g_next_number{1};
+
+// A host block from this size on has fresh pages of its own while the device is dry: they cost nothing until they are
+// touched, and are noughts.
+constexpr size_t kLazyBytes = 1 << 20;
+
+HostCounters g_host;
 
 Header& header_of(void* data) { return *reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes); }
 
@@ -109,7 +122,10 @@ void charge(Header& header, int device, int64_t bytes) {
         " is reserved by PyTorch but unallocated.");
   }
   const int64_t charged = block ? block->size : bytes;
-  header = Header{bytes, charged, block, header.number, device};
+  header.requested = bytes;
+  header.charged = charged;
+  header.block = block;
+  header.device = device;
   if (!block) memory.uncached += charged;
   c.allocated += charged;
   c.requested += bytes;
@@ -137,36 +153,104 @@ void discharge(const Header& header) {
   if (ledger_open()) note_memory(header.number, -header.charged, header.device);
 }
 
+// The lock is held. What the host's allocators hold, with its peak; counted while the device is dry alone, for the time
+// that it takes.
+void count_host(const Header& header, int64_t sign) {
+  if (!header.counted) return;
+  g_host.allocated += sign * header.requested;
+  g_host.peak_allocated = std::max(g_host.peak_allocated, g_host.allocated);
+  if (!header.pinned) return;
+  g_host.pinned += sign * header.requested;
+  g_host.peak_pinned = std::max(g_host.peak_pinned, g_host.pinned);
+}
+
+void give_back(const Header& header) {
+  if (header.device == kHost && !header.counted) return;
+  std::lock_guard<std::mutex> held(lock());
+  if (header.device == kHost) {
+    count_host(header, -1);
+  } else {
+    discharge(header);
+  }
+}
+
 void release(void* data) {
   if (!data) return;
   const Header header = header_of(data);
-  if (header.device != kHost) {
-    std::lock_guard<std::mutex> held(lock());
-    discharge(header);
+  give_back(header);
+  void* base = static_cast<char*>(data) - kHeaderBytes;
+  if (header.mapped) {
+    munmap(base, header.mapped);
+  } else {
+    c10::free_cpu(base);
   }
-  c10::free_cpu(static_cast<char*>(data) - kHeaderBytes);
 }
 
-void* take(size_t bytes, int device) {
-  Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost};
-  if (device != kHost) {
-    std::lock_guard<std::mutex> held(lock());
+Header charged_header(size_t bytes, int device, bool pinned) {
+  Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost, pinned, dry(), false, 0};
+  if (device == kHost && !header.counted) return header;
+  std::lock_guard<std::mutex> held(lock());
+  if (device == kHost) {
+    count_host(header, 1);
+  } else {
     charge(header, device, static_cast<int64_t>(bytes));
   }
+  return header;
+}
+
+void* take(size_t bytes, int device, bool pinned = false) {
+  Header header = charged_header(bytes, device, pinned);
   void* base = nullptr;
   try {
-    base = c10::alloc_cpu(bytes + kHeaderBytes);
-  } catch (...) {
-    if (device != kHost) {
-      std::lock_guard<std::mutex> held(lock());
-      discharge(header);
+    if (dry() && device == kHost && bytes >= kLazyBytes) {
+      header.mapped = static_cast<int64_t>(bytes + kHeaderBytes);
+      base = mmap(nullptr, header.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      TORCH_CHECK(base != MAP_FAILED, "DefaultCPUAllocator: can't map memory: you tried to allocate ", bytes, " bytes.");
+    } else {
+      base = c10::alloc_cpu(bytes + kHeaderBytes);
     }
+  } catch (...) {
+    give_back(header);
     throw;
   }
   void* data = static_cast<char*>(base) + kHeaderBytes;
   header_of(data) = header;
+  // what is small enough to be computed is the same on every dry run
+  if (dry() && device != kHost) std::memset(data, 0, bytes);
   return data;
 }
+
+// A hollow block's header has nowhere to stand: this is the context of its pointer.
+struct Hollow {
+  Header header;
+};
+
+void release_hollow(void* context) {
+  auto* block = static_cast<Hollow*>(context);
+  give_back(block->header);
+  delete block;
+}
+
+// An address of its own for each block, none of which may be touched. They are spaced by less than a large block's size:
+// nothing lies there, and only where a block begins tells it from another.
+void* hollow_address(size_t bytes) {
+  constexpr size_t kSpan = size_t(1) << 44, kLargest = size_t(1) << 42;
+  static char* const base = static_cast<char*>(
+      mmap(nullptr, kSpan, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static size_t next = 0;
+  TORCH_CHECK(base != MAP_FAILED, "The simulated device cannot run dry: no address space is left for it.");
+  TORCH_CHECK(bytes < kLargest, "sim out of memory. Tried to allocate ", in_units(static_cast<int64_t>(bytes)), ".");
+  std::lock_guard<std::mutex> held(lock());
+  if (next > kSpan - kLargest) next = 0;
+  char* address = base + next;
+  next += std::min<size_t>((bytes + 4095) / 4096 * 4096, 1 << 20);
+  return address;
+}
+
+c10::Device on_device(int device) { return c10::Device(kSim, static_cast<c10::DeviceIndex>(device)); }
+
+// The header of a block of ours, whether it is hollow or not; else null.
+Header* known_header(const c10::DataPtr& data);
 
 // A DeviceAllocator, not an Allocator: torch.accelerator's memory functions ask for one.
 struct DeviceMemory final : c10::DeviceAllocator {
@@ -174,6 +258,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
     const int index = current_device();
     const c10::Device device(kSim, static_cast<c10::DeviceIndex>(index));
     if (bytes == 0) return {nullptr, nullptr, &release, device};
+    if (dry_size(bytes)) return take_hollow(bytes, index);
     void* data = take(bytes, index);
     return {data, data, &release, device};
   }
@@ -248,7 +333,7 @@ struct PinnedMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const c10::Device device(c10::DeviceType::CPU);
     if (bytes == 0) return {nullptr, nullptr, &release_pinned, device};
-    void* data = take(bytes, kHost);
+    void* data = take(bytes, kHost, /*pinned=*/true);
     std::lock_guard<std::mutex> held(lock());
     pinned()[static_cast<const char*>(data)] = bytes;
     return {data, data, &release_pinned, device};
@@ -257,6 +342,14 @@ struct PinnedMemory final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 PinnedMemory g_pinned_memory;
+
+Header* known_header(const c10::DataPtr& data) {
+  if (!data.get()) return nullptr;
+  const auto deleter = data.get_deleter();
+  if (deleter == &release_hollow) return &static_cast<Hollow*>(data.get_context())->header;
+  if (deleter == &release || deleter == &release_pinned) return &header_of(data.get());
+  return nullptr;
+}
 
 }  // namespace
 
@@ -279,20 +372,64 @@ bool is_pinned(const void* pointer) {
 int64_t block_number(const c10::StorageImpl& storage) {
   const auto& data = storage.data_ptr();
   if (!data.get()) return 0;
-  const auto deleter = data.get_deleter();
-  if (deleter == &release || deleter == &release_pinned) return header_of(data.get()).number;
+  if (const auto* header = known_header(data)) return header->number;
   return -static_cast<int64_t>(reinterpret_cast<intptr_t>(data.get()));
+}
+
+bool hollow(const c10::StorageImpl& storage) { return storage.data_ptr().get_deleter() == &release_hollow; }
+
+c10::DataPtr take_hollow(size_t bytes, int device) {
+  const c10::Device on = on_device(device);
+  if (bytes == 0) return {nullptr, nullptr, &release, on};
+  void* address = hollow_address(bytes);
+  return {address, new Hollow{charged_header(bytes, device, false)}, &release_hollow, on};
+}
+
+void make_hollow(c10::StorageImpl& storage) {
+  auto* known = known_header(storage.data_ptr());
+  if (!known || hollow(storage)) return;
+  void* address = hollow_address(static_cast<size_t>(known->requested));
+  auto* block = new Hollow{*known};
+  block->header.mapped = 0;
+  {
+    std::lock_guard<std::mutex> held(lock());
+    known->device = kHost;  // what is freed now is the memory alone: the charge goes on with the block
+    known->counted = false;
+  }
+  storage.set_data_ptr_noswap({address, block, &release_hollow, on_device(block->header.device)});
+}
+
+bool unknown_on_host(const c10::StorageImpl& storage) {
+  const auto* header = known_header(storage.data_ptr());
+  return header && header->unknown;
+}
+
+void mark_unknown_on_host(const c10::StorageImpl& storage) {
+  if (auto* header = known_header(storage.data_ptr())) header->unknown = true;
+}
+
+void use_workspace(int device, const Workspace& workspace) {
+  Header header{};
+  header.number = g_next_number++;
+  header.device = kHost;
+  std::lock_guard<std::mutex> held(lock());
+  if (workspace.expected > 0) charge(header, device, workspace.expected);
+  if (ledger_open()) note_workspace(header.number, workspace.low, workspace.high, device);
+  if (workspace.expected > 0) discharge(header);
 }
 
 c10::DataPtr adopt(c10::StorageImpl& host, int device) {
   const c10::Device on(kSim, static_cast<c10::DeviceIndex>(device));
   const size_t bytes = host.nbytes();
   if (bytes == 0 || host.data() == nullptr) return {nullptr, nullptr, &release, on};
+  if (dry_size(bytes)) return take_hollow(bytes, device);
   if (host.data_ptr().get_deleter() == &release) {
     auto& header = header_of(host.mutable_data());
     if (header.device == kHost) {
       std::lock_guard<std::mutex> held(lock());
+      const Header before = header;
       charge(header, device, static_cast<int64_t>(bytes));
+      count_host(before, -1);
     }
     c10::DataPtr taken = host.set_data_ptr(c10::DataPtr(nullptr, c10::Device(c10::DeviceType::CPU)));
     taken.unsafe_set_device(on);
@@ -322,6 +459,17 @@ void count_kernel(int device) {
 Counters counters(int device) {
   std::lock_guard<std::mutex> held(lock());
   return memories()[device].counters;
+}
+
+HostCounters host_counters() {
+  std::lock_guard<std::mutex> held(lock());
+  return g_host;
+}
+
+void reset_host_peaks() {
+  std::lock_guard<std::mutex> held(lock());
+  g_host.peak_allocated = g_host.allocated;
+  g_host.peak_pinned = g_host.pinned;
 }
 
 void reset_peaks(int device) {

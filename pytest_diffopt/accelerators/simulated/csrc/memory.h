@@ -22,6 +22,12 @@ struct Counters {
   int64_t kernels = 0;
 };
 
+// What torch's allocators hold of the host's memory.
+struct HostCounters {
+  int64_t allocated = 0, peak_allocated = 0;
+  int64_t pinned = 0, peak_pinned = 0;
+};
+
 enum class Direction { HostToDevice, DeviceToHost, DeviceToDevice };
 
 c10::Allocator* device_allocator();
@@ -40,10 +46,29 @@ int64_t block_number(const c10::StorageImpl& storage);
 // Takes the memory of a host storage for a device, without a copy if our host allocator made it. May raise out of memory.
 c10::DataPtr adopt(c10::StorageImpl& host, int device);
 
+// A block may be hollow: charged like any other, with no memory behind it, as nobody computed what it would hold. Where
+// its data would begin is an address that faults when it is touched.
+bool hollow(const c10::StorageImpl& storage);
+c10::DataPtr take_hollow(size_t bytes, int device);
+// What a device's storage holds is not known from here on; its block stays the same one.
+void make_hollow(c10::StorageImpl& storage);
+
+// Host memory into which something unknown was copied. Told only of memory that our allocators made.
+bool unknown_on_host(const c10::StorageImpl& storage);
+void mark_unknown_on_host(const c10::StorageImpl& storage);
+
+// What a kernel takes while it runs: at the least, as expected, at the most. The expected is charged and given back.
+struct Workspace {
+  int64_t low = 0, expected = 0, high = 0;
+};
+void use_workspace(int device, const Workspace& workspace);
+
 void count_copy(int device, Direction direction, int64_t bytes);
 void count_kernel(int device);
 
 Counters counters(int device);
+HostCounters host_counters();
+void reset_host_peaks();
 void reset_peaks(int device);
 void reset_counts(int device);
 void empty_cache();

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "dry.h"
 #include "fallback.h"
 #include "ledger.h"
 #include "memory.h"
@@ -40,6 +41,22 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("caching", []() -> bool { return caching(); });
   m.def("record_operations", [](bool on) { record_operations(on); });
   m.def("recorded_operations", []() -> std::vector<std::string> { return recorded_operations(); });
+  m.def("set_dry", [](bool on, int64_t real_bytes) { set_dry(on, real_bytes); });
+  m.def("dry", []() -> bool { return dry(); });
+  m.def("real_bytes", []() -> int64_t { return real_bytes(); });
+  m.def("hollow", [](const at::Tensor& tensor) -> bool { return hollow(tensor); });
+  m.def("forget_rules", []() { forget_rules(); });
+  m.def("note_guess", [](std::string guess) { note_guess(std::move(guess)); });
+  m.def("guesses", []() -> std::vector<std::string> { return guesses(); });
+  // Held now and at most; of it, pinned.
+  m.def("host_counters", []() -> std::vector<int64_t> {
+    const HostCounters c = host_counters();
+    return {c.allocated, c.peak_allocated, c.pinned, c.peak_pinned};
+  });
+  m.def("reset_host_peaks", []() { reset_host_peaks(); });
+  m.def("use_workspace", [](int64_t device, int64_t low, int64_t expected, int64_t high) {
+    use_workspace(resolve_device(device), {low, expected, high});
+  });
   m.def("open_ledger", [](bool open) { open_ledger(open); });
   m.def("mark_ledger", [](int64_t mark) { mark_ledger(mark); });
   m.def("ledger_operations", []() -> std::vector<std::string> { return ledger_operations(); });

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "aliasing.h"
+#include "dry.h"
 #include "ledger.h"
 #include "memory.h"
 
@@ -17,7 +18,9 @@ using at::Tensor;
 
 class Cell {
  public:
-  Cell(const char* name, const Tensor& on) : running_(name) {
+  // Runs on the device of `on`, dry if that or one of the others is hollow.
+  Cell(const char* name, const Tensor& on, std::initializer_list<std::optional<Tensor>> others)
+      : running_(name), aliases_(any_hollow(on, others)) {
     count_kernel(on.device().index());
     aliases_.index = on.device().index();
   }
@@ -34,6 +37,11 @@ class Cell {
   Tensor device(const Tensor& tensor) { return tensor.defined() ? aliases_.device(tensor.contiguous()) : Tensor(); }
 
  private:
+  static bool any_hollow(const Tensor& on, std::initializer_list<std::optional<Tensor>> others) {
+    bool found = hollow(on);
+    for (const auto& one : others) found = found || (one.has_value() && hollow(*one));
+    return found;
+  }
   const Running running_;
   KernelScope kernel_;
   Aliases aliases_;
@@ -45,7 +53,7 @@ Tensor slope(const Tensor& sigmoid) { return (1 - sigmoid) * sigmoid; }
 std::tuple<Tensor, Tensor, Tensor> lstm(
     const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& cx, const std::optional<Tensor>& input_bias,
     const std::optional<Tensor>& hidden_bias) {
-  Cell cell("aten::_thnn_fused_lstm_cell", input_gates);
+  Cell cell("aten::_thnn_fused_lstm_cell", input_gates, {hidden_gates, cx, input_bias, hidden_bias});
   const auto gates = plus(cell.host(input_gates), cell.host(input_bias)) +
       plus(cell.host(hidden_gates), cell.host(hidden_bias));
   const auto part = gates.chunk(4, 1);
@@ -58,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_backward(
     const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy, const Tensor& cx, const Tensor& cy,
     const Tensor& workspace, bool has_bias) {
   if (!(grad_hy.has_value() && grad_hy->defined()) && !(grad_cy.has_value() && grad_cy->defined())) return {};
-  Cell cell("aten::_thnn_fused_lstm_cell_backward_impl", cx);
+  Cell cell("aten::_thnn_fused_lstm_cell_backward_impl", cx, {grad_hy, grad_cy, cy, workspace});
   const auto part = cell.host(workspace).chunk(4, 1);
   const auto &in = part[0], &forget = part[1], &candidate = part[2], &out = part[3];
   const auto by_hy = cell.host(grad_hy), by_cy = cell.host(grad_cy), squashed = cell.host(cy).tanh();
@@ -78,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_backward(
 std::tuple<Tensor, Tensor> gru(
     const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& hx, const std::optional<Tensor>& input_bias,
     const std::optional<Tensor>& hidden_bias) {
-  Cell cell("aten::_thnn_fused_gru_cell", input_gates);
+  Cell cell("aten::_thnn_fused_gru_cell", input_gates, {hidden_gates, hx, input_bias, hidden_bias});
   const auto by_input = plus(cell.host(input_gates), cell.host(input_bias)).chunk(3, 1);
   const auto by_hidden = plus(cell.host(hidden_gates), cell.host(hidden_bias)).chunk(3, 1);
   const auto state = cell.host(hx);
@@ -90,7 +98,7 @@ std::tuple<Tensor, Tensor> gru(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Tensor& grad_hy, const Tensor& workspace, bool has_bias) {
-  Cell cell("aten::_thnn_fused_gru_cell_backward", grad_hy);
+  Cell cell("aten::_thnn_fused_gru_cell_backward", grad_hy, {workspace});
   const auto part = cell.host(workspace).chunk(5, 1);
   const auto &reset = part[0], &update = part[1], &next = part[2], &state = part[3], &hidden = part[4];
   const auto by_hy = cell.host(grad_hy);
