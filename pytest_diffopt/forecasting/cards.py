@@ -54,11 +54,15 @@ class Card:
     measured: bool = True
 
 
-def _seen(name: str, title: str, generation: GenerationName, nominal_gib: int, total_gib: float, source: str, note: str = "") -> Card:
+def _seen(
+    name: str, title: str, generation: GenerationName, nominal_gib: int, total_gib: float, source: str, note: str = ""
+) -> Card:
     return Card(name, title, generation, nominal_gib * _GIB, int(total_gib * _GIB), source, note)
 
 
-def _exact(name: str, title: str, generation: GenerationName, nominal_gib: int, total_bytes: int, source: str, note: str = "") -> Card:
+def _exact(
+    name: str, title: str, generation: GenerationName, nominal_gib: int, total_bytes: int, source: str, note: str = ""
+) -> Card:
     return Card(name, title, generation, nominal_gib * _GIB, total_bytes, source, note)
 
 
@@ -71,22 +75,39 @@ _ECC = "Error correction, which is on by default, takes a part of the memory."
 
 _CARDS = (
     _seen("rtx-3060-12gb", "NVIDIA GeForce RTX 3060 12GB", "ampere", 12, 11.75, "smy20011/dreambooth-gui#78"),
-    _seen("rtx-3090", "NVIDIA GeForce RTX 3090", "ampere", 24, 23.59, "Stable-X/StableNormal#33", "23.70 with other drivers."),
+    _seen(
+        "rtx-3090",
+        "NVIDIA GeForce RTX 3090",
+        "ampere",
+        24,
+        23.59,
+        "Stable-X/StableNormal#33",
+        "23.70 with other drivers.",
+    ),
     _seen("rtx-4060", "NVIDIA GeForce RTX 4060", "ada", 8, 7.75, "ESRSchao/EdgeRegNet#2"),
     _unseen(
         "rtx-4060-ti-16gb",
-        "NVIDIA GeForce RTX 4060 Ti 16GB", "ada",
+        "NVIDIA GeForce RTX 4060 Ti 16GB",
+        "ada",
         16,
         16 * _GIB,
         "huggingface/huggingface.js#712, its 16 GB",
     ),
-    _unseen("rtx-4070", "NVIDIA GeForce RTX 4070", "ada", 12, 12282 * _MIB, "meta-llama/llama#466, 12282 MiB by nvidia-smi"),
     _unseen(
-        "rtx-4080", "NVIDIA GeForce RTX 4080", "ada", 16, 16 * _GIB, "aigc-apps/sd-webui-EasyPhoto#281, 15.99 GiB on Windows"
+        "rtx-4070", "NVIDIA GeForce RTX 4070", "ada", 12, 12282 * _MIB, "meta-llama/llama#466, 12282 MiB by nvidia-smi"
+    ),
+    _unseen(
+        "rtx-4080",
+        "NVIDIA GeForce RTX 4080",
+        "ada",
+        16,
+        16 * _GIB,
+        "aigc-apps/sd-webui-EasyPhoto#281, 15.99 GiB on Windows",
     ),
     _seen(
         "rtx-4090",
-        "NVIDIA GeForce RTX 4090", "ada",
+        "NVIDIA GeForce RTX 4090",
+        "ada",
         24,
         23.43,
         "siliconflow/onediff: onediff_comfy_nodes/benchmarks/results/exp5/system_info.md",
@@ -98,7 +119,8 @@ _CARDS = (
     _seen("rtx-6000-ada", "NVIDIA RTX 6000 Ada Generation", "ada", 48, 44.43, "DINGYANB/MTVCrafter#21", _ECC),
     _exact(
         "t4",
-        "NVIDIA T4", "turing",
+        "NVIDIA T4",
+        "turing",
         16,
         15095 * _MIB,
         "sylvia-ymlin/cuda-kernels-from-scratch: README.md",

@@ -1,8 +1,9 @@
 """Scratch memory of CUDA's kernels: taken from torch's allocator while a kernel runs, and given back when it returns.
 
-A kernel of the host, or one that computes nothing, does not show it. A cost is a pure function of what the operator was called with:
-its results first, then its own arguments, and the generation of the GPU. Only metadata of tensors is read, so tensors of the
-``meta`` device do. It returns bytes as an :class:`Estimate`, beside the bytes of the results themselves.
+A kernel of the host, or one that computes nothing, does not show it. A cost is a pure function of what the operator was
+called with: its results first, then its own arguments, and the generation of the GPU. Only metadata of tensors is read,
+so tensors of the ``meta`` device do. It returns bytes as an :class:`Estimate`, beside the bytes of the results
+themselves.
 """
 
 from __future__ import annotations
@@ -40,33 +41,39 @@ def convolution(
 ) -> Estimate:
     """cuDNN's workspace, and the copies that torch makes so that all tensors have one memory format.
 
-    cuDNN's kernels for tensor cores read and write channels last. Where tensors are not so, it converts input, weight and output
-    within its workspace: as many bytes as all three have. That is what is expected, for images (4-D) and for videos (5-D) alike, and
-    these public figures have it so:
+    cuDNN's kernels for tensor cores read and write channels last. Where tensors are not so, it converts input, weight
+    and output within its workspace: as many bytes as all three have. That is what is expected, for images (4-D) and for
+    videos (5-D) alike, and these public figures have it so:
 
-    - RTX 4090, torch 2.7.1, float16, the VAE of Qwen-Image (3-D convolutions): 1.274 GiB at 512² and 4.369 at 1024² published,
-      1.271 and 4.368 with this rule, 4.37 - 0.75 without. Source: invoke-ai/InvokeAI#9305.
+    - RTX 4090, torch 2.7.1, float16, the VAE of Qwen-Image (3-D convolutions): 1.274 GiB at 512² and 4.369 at 1024²
+      published, 1.271 and 4.368 with this rule, and 3.62 without it at 1024². Source: invoke-ai/InvokeAI#9305.
     - RTX 4090, bfloat16, FLUX.1 with nf4, bound by its VAE at 1024²: 14.945 GiB published, 14.900 with this rule.
-    - float16, a convolution of 256 by 256 channels: 9.90 GiB reserved, of it 5.88 are tensors, and input and output 4.00.
-      Source: pytorch/pytorch#123533.
+    - L20, bfloat16, FLUX.1 at 2048²: 40.96 GiB published; its weights are 31.4, and its VAE works with 8.9 by this
+      rule. Source: vipshop/cache-dit#645.
+    - float16, a convolution of 256 by 256 channels: 9.90 GiB reserved, of it 5.88 are tensors, and input and output
+      4.00. Source: pytorch/pytorch#123533.
     - A GPU of 80 GB, float16, 3-D: 12.874 GB published, 12.79 with this rule. Source: pytorch/pytorch#95024.
-    - A100, float32, 3-D: 17 GiB published, 17.98 with this rule. Source: pytorch/pytorch#128947. So float32 has the same rule: TF32,
-      which is allowed for convolutions by default, runs on tensor cores as well.
+    - A100, float32, 3-D: 17 GiB published, 17.98 with this rule. Source: pytorch/pytorch#128947. So float32 has the
+      same rule: TF32, which is allowed for convolutions by default, runs on tensor cores as well.
 
-    The least is 0: when a workspace cannot be had, torch goes on to a plan of cuDNN's that needs less. Source, pytorch/pytorch:
-    aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``. What does not fit is never said for a workspace's sake.
-    The most is twice as much, since cuDNN chooses among kernels by its version; and four times on Hopper and Blackwell. Public figures
-    of FLUX.1 on an H100 imply 4.3 to 5.2 GiB for its VAE at 1024², of them 1.0 GiB by this rule: 2.9 to 3.8 times that are
-    left, and 3.4 are expected on Hopper. Whether they are allocated or reserved bytes is not said. Of Blackwell nothing was found.
+    The least is 0: when a workspace cannot be had, torch goes on to a plan of cuDNN's that needs less. Source,
+    pytorch/pytorch: aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``. So nothing is said not to fit
+    for a workspace's sake.
 
-    Channels last, nothing is converted, and nothing is expected. Where only the input or only the weight is channels last, torch
-    copies the other; and an input that is not contiguous at all. Source, pytorch/pytorch: aten/src/ATen/native/Convolution.cpp, where
-    ``cudnn_conv_suggest_memory_format`` decides.
-    Nothing is expected of float32 on Turing, which has no TF32, of float64, and of depthwise convolutions, which have kernels of their
-    own in torch (aten/src/ATen/native/cuda/DepthwiseConv2d.cu); their most is the same.
+    The most is twice as much: cuDNN chooses among kernels, by its version too, and a choice that takes twice the memory
+    was seen (pytorch/pytorch#13412). On Hopper and Blackwell it is four times. Public figures of FLUX.1 on an H100 imply
+    4.3 to 5.2 GiB for its VAE at 1024², which has 1.0 GiB by this rule: 2.9 to 3.8 times as much. So 3.4 times are
+    expected on Hopper, though it is not said whether those bytes are allocated or reserved. Of Turing and Blackwell no
+    figure was found.
 
-    Not modelled: torch 2.9, whose cuDNN is not used for 3-D half precision: 7.3 GiB in place of 2.5 (pytorch/pytorch#166643); and
-    ``torch.backends.cudnn.benchmark``, which tries every kernel once.
+    Channels last, nothing is converted, and nothing is expected. Where only the input or only the weight is channels
+    last, torch copies the other; and an input that is not contiguous at all. Source, pytorch/pytorch:
+    aten/src/ATen/native/Convolution.cpp, where ``cudnn_conv_suggest_memory_format`` decides. Nothing is expected of
+    float32 on Turing, which has no TF32, of float64, and of depthwise convolutions, which have kernels of their own in
+    torch (aten/src/ATen/native/cuda/DepthwiseConv2d.cu); their most is the same.
+
+    Not modelled: torch 2.9, which does not use cuDNN for 3-D half precision and takes 7.3 GiB where float32 takes
+    2.5 (pytorch/pytorch#166643); and ``torch.backends.cudnn.benchmark``, which tries every kernel once.
     """
     import torch
 
@@ -100,14 +107,18 @@ def choose_attention(
 ) -> AttentionKernel:
     """The kernel that ``scaled_dot_product_attention`` takes on CUDA, when no gradient is asked for.
 
-    Source, pytorch/pytorch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and .../sdp_utils_cpp.h: the first in the
-    order of ``priority_order`` whose conditions hold. cuDNN comes first on Hopper alone, of our cards; flash attention takes half
-    precision, no mask and heads up to 256 wide, from Ampere on; memory-efficient attention takes a mask, any width that is a multiple
-    of its alignment, and float32, but bfloat16 only from Ampere on. All else is computed step by step.
+    Source, pytorch/pytorch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and .../sdp_utils_cpp.h: the first in
+    the order of ``priority_order`` whose conditions hold. cuDNN comes first on Hopper alone, of our cards; flash
+    attention takes half precision, no mask and heads up to 256 wide, from Ampere on; memory-efficient attention takes a
+    mask, any width that is a multiple of its alignment, and float32, but bfloat16 only from Ampere on. All else is
+    computed step by step.
 
     Args:
         query, key, value: shape (batch, heads, length, width of a head).
         attn_mask: added to the scores, or bool; shape that broadcasts to (batch, heads, length of query, length of key).
+
+    Raises:
+        DiffoptError: no generation has that name.
     """
     import torch
 
@@ -166,20 +177,22 @@ def attention(
 ) -> Estimate:
     """What the kernel takes that CUDA chooses for an attention, beside its result and the logarithms of sums.
 
-    Arguments as of ``aten::_scaled_dot_product_flash_attention_for_cpu``, which stands for every fused kernel on the simulated device.
+    Arguments as of ``aten::_scaled_dot_product_flash_attention_for_cpu``, which stands for every fused kernel on the
+    simulated device.
 
-    - flash: copies of query, key and value, and a wider result, where the width of a head is not a multiple of 8 (source,
-      pytorch/pytorch: aten/src/ATen/native/transformers/attention.cpp, ``pad_last_dim``). What it splits a short query
-      into, 24 MiB or less, is not counted.
-    - efficient: for heads wider than 128 a float32 buffer of the result's shape, unless the result is float32 (source, in torch's own
-      headers: ATen/native/transformers/cuda/mem_eff_attention/kernel_forward.h, ``kNeedsOutputAccumulatorBuffer``, and the kernels
-      in kernels/cutlassF.h). A bool mask is made one of numbers, and a mask whose rows do not begin at multiples of 8 numbers is
-      padded (attention.cpp, ``preprocess_mask``).
-    - math: query, key and value in float32 for half precision, the query scaled, and three times the scores with one byte of each
-      while the softmax looks for rows that are masked as a whole (attention.cpp, ``_scaled_dot_product_attention_math`` and
-      ``_safe_softmax``). The least has two times the scores, as before torch 2.5.
-    - cudnn: nothing is expected; its workspace is not public, and the most is the size of query, key and value. A bool mask is made one
-      of numbers.
+    - flash: copies of query, key and value, and a wider result, where the width of a head is not a multiple of 8
+      (source, pytorch/pytorch: aten/src/ATen/native/transformers/attention.cpp, ``pad_last_dim``). What it splits a
+      short query into, 24 MiB or less, is not counted.
+    - efficient: for heads wider than 128 a float32 buffer of the result's shape, unless the result is float32 (source,
+      in torch's own headers: ATen/native/transformers/cuda/mem_eff_attention/kernel_forward.h,
+      ``kNeedsOutputAccumulatorBuffer``, and the kernels in kernels/cutlassF.h). A bool mask is made one of numbers, and
+      a mask whose rows do not begin at multiples of 8 numbers is padded (attention.cpp, ``preprocess_mask``).
+    - math: query, key and value in float32 for half precision, the query scaled, and three times the scores with one
+      byte of each while the softmax looks for rows that are masked as a whole (attention.cpp,
+      ``_scaled_dot_product_attention_math`` and ``_safe_softmax``). The least has two times the scores, as before torch
+      2.5.
+    - cudnn: nothing is expected; its workspace is not public, and the most is the size of query, key and value. A bool
+      mask is made one of numbers.
 
     Args:
         assumed: ``"cuda"``, what CUDA chooses; ``"math"``, step by step; ``"fused"``, a fused kernel that takes nothing.

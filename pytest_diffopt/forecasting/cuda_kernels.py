@@ -1,14 +1,14 @@
 """Stand-ins for CUDA's kernels of bitsandbytes: they allocate what those allocate, in that order, and compute nothing.
 
-On a device that bitsandbytes does not know, its operators run step by step in Python, with tensors that CUDA never has: a product of
-int8 in float32, for example. Registered in their place, these give CUDA's bytes. They take any device, ``meta`` too, read only metadata,
-and have the operators' own signatures.
+On a device that bitsandbytes does not know, its operators run step by step in Python, with tensors that CUDA never has:
+a product of int8 in float32, for example. Registered in their place, these give CUDA's bytes. They take any device,
+``meta`` too, read only metadata, and have the operators' own signatures.
 
 Source: bitsandbytes-foundation/bitsandbytes, 0.50: bitsandbytes/backends/cuda/ops.py; for ``int8_mixed_scaled_mm`` and
 ``int8_scaled_mm``, which CUDA runs as every device does, bitsandbytes/backends/default/ops.py.
 
-Outliers are taken as none. A column with outliers would add its activations in half precision and its weights, twice, one of them in
-float32: for 1% of the columns, less than 8% of the int8 weight of one layer at a time.
+Outliers are taken as none. Columns with outliers would add their activations in half precision, and their weights in
+int8 and twice in float32: for 1% of the columns, less than a tenth of the int8 weight of one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 GEMM_4BIT_MOST_ROWS = 1536
 """With more rows of activations than that, a 4-bit product dequantizes its weight first, on every GPU."""
 GEMM_4BIT_FEW_ROWS = 4
-"""With as many or fewer it never does. Between them GPUs differ, and the weight is taken to be dequantized, which is the most."""
+"""With as many or fewer it never does. Between them GPUs differ, and the weight is taken to be dequantized, which is
+the most."""
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -53,7 +54,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
     del magnitudes
     filled = torch.empty_like(A) if threshold > 0.0 else A
     scaled = torch.empty_like(A)
-    divided = torch.empty_like(A, dtype=torch.promote_types(A.dtype, A.dtype))
+    divided = torch.empty_like(A, dtype=torch.float32)
     del scaled
     rounded = torch.empty_like(divided)
     del divided
@@ -156,9 +157,7 @@ def dequantize_4bit(
     return torch.empty(tuple(shape), device=A.device, dtype=dtype)
 
 
-def gemv_4bit(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
+def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """One row of activations by a 4-bit weight of shape (out, in), which is never dequantized → (..., out)."""
     import torch
 
@@ -179,16 +178,16 @@ def gemm_4bit(
 ) -> Tensor:
     """Activations of shape (..., in) by a 4-bit weight of shape (out, in) → (..., out).
 
-    Up to :data:`GEMM_4BIT_FEW_ROWS` rows, and blocks that divide a row, the weight is read as it is. With more it is dequantized for the
-    time of the product, after the maxima of its blocks where those are quantized too.
+    Up to :data:`GEMM_4BIT_FEW_ROWS` rows, and blocks that divide a row, the weight is read as it is. With more it is
+    dequantized for the time of the product, after the maxima of its blocks where those are quantized too.
     """
     import torch
 
     rows = A.numel() // A.shape[-1]
+    maxima: list[Tensor] = []  # alive until the product is there
     if rows > GEMM_4BIT_FEW_ROWS or A.shape[-1] % blocksize:
         if absmax_8bit is not None:
-            scaled = torch.empty_like(absmax_8bit, dtype=torch.float32)
-            absmax = torch.empty_like(scaled)
+            maxima += [torch.empty_like(absmax_8bit, dtype=torch.float32) for _ in ("scaled", "shifted")]
         weight = torch.empty(tuple(shapeB), device=A.device, dtype=A.dtype)
         return torch.nn.functional.linear(A, weight, bias)
     A = A.contiguous()

@@ -24,12 +24,12 @@ class Generation:
     Attributes:
         name: as :attr:`pytest_diffopt.forecasting.cards.Card.generation`.
         capability: the compute capability of the least of its cards: ``(8, 0)`` is sm80.
-        cublas_workspace_bytes: that torch's allocator holds for cuBLAS from the first matrix product on, for each stream that
-            makes one. ``:4096:2:16:8`` is 2 × 4096 KiB + 8 × 16 KiB; Hopper and Blackwell have 32 MiB.
-            Source, pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``, and
-            pytorch/pytorch#175344, which gave Blackwell its 32 MiB in February 2026: 8.125 MiB in a torch before that.
-        cudnn_convolution: how many times the tensors of a convolution cuDNN's workspace is taken to be, at the least, as
-            expected and at the most; see :func:`pytest_diffopt.forecasting.costs.convolution`.
+        cublas_workspace_bytes: that torch's allocator holds for cuBLAS from the first matrix product on, for each stream
+            that makes one. ``:4096:2:16:8`` is 2 × 4096 KiB + 8 × 16 KiB; Hopper and Blackwell have 32 MiB. Source,
+            pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``. Blackwell had 8.125
+            MiB before pytorch/pytorch#175344, of February 2026.
+        cudnn_convolution: how many times the bytes of a convolution's tensors cuDNN's workspace is taken to be, at the
+            least, as expected and at the most; see :func:`pytest_diffopt.forecasting.costs.convolution`.
     """
 
     name: GenerationName
@@ -39,7 +39,10 @@ class Generation:
 
     @property
     def has_flash_attention(self) -> bool:
-        """Whether flash attention runs: from sm80 to sm121. Source: pytorch/pytorch: .../transformers/cuda/sdp_utils.cpp."""
+        """Whether flash attention runs: from sm80 to sm121.
+
+        Source, pytorch/pytorch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+        """
         return self.capability >= (8, 0)
 
     @property
@@ -55,10 +58,11 @@ _SMALL_CUBLAS = 2 * 4096 * 1024 + 8 * 16 * 1024
 _LARGE_CUBLAS = 32 * _MIB
 
 CUBLASLT_WORKSPACE_BYTES = 0
-"""What cuBLASLt holds beside cuBLAS: nothing, as both share one workspace unless ``TORCH_CUBLASLT_UNIFIED_WORKSPACE=0``.
-It held 1 MiB of its own before they were united. Sources: the docstring of ``torch.backends.cuda.blas_workspace_size`` in
-torch 2.13; pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp. A torch after pytorch/pytorch#194311 (August 2026) frees the
-workspace after each product, unless ``TORCH_CUBLAS_WORKSPACE_CACHE=1``; 2.13 does not have that yet."""
+"""What cuBLASLt holds beside cuBLAS: nothing, as both share one workspace unless
+``TORCH_CUBLASLT_UNIFIED_WORKSPACE=0``. It held 1 MiB of its own before they were united. Sources: the docstring of
+``torch.backends.cuda.blas_workspace_size`` in torch 2.13; pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp. A
+torch after pytorch/pytorch#194311 (August 2026) frees the workspace after each product, unless
+``TORCH_CUBLAS_WORKSPACE_CACHE=1``; 2.13 does not have that yet."""
 
 _GENERATIONS = (
     Generation("turing", (7, 5), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),

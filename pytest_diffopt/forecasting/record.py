@@ -24,11 +24,11 @@ Fit = Literal["fits", "may fit", "does not fit"]
 Phase = Literal["load", "place", "call"]
 
 CONTEXT_BYTES = (256 * 2**20, 640 * 2**20)
-"""What a process that uses CUDA takes beside torch's allocator, the least and the most: the driver's context, and the kernels of
-the libraries, which are loaded when they are first used. Public reports with CUDA 11.7 or later: 256 MiB on an RTX 3090
-(invoke-ai/InvokeAI#9413), about 300 (pytorch/pytorch#107667), about 400 (pytorch/pytorch#109888), 426 on an RTX 6000 Ada
-(unslothai/unsloth-zoo#1053) and 616 (LMCache/LMCache#4019). Before, when all kernels were loaded at once, it was 1 GiB and more
-(pytorch/pytorch#28394). No number is ours."""
+"""What a process that uses CUDA takes beside torch's allocator, the least and the most: the driver's context, and the
+kernels of the libraries, which are loaded when they are first used. Public reports with CUDA 11.7 or later: 256 MiB on
+an RTX 3090 (invoke-ai/InvokeAI#9413), about 300 (pytorch/pytorch#107667), about 400 (pytorch/pytorch#109888), 426 on an
+RTX 6000 Ada (unslothai/unsloth-zoo#1053) and 616 (LMCache/LMCache#4019). Before, when all kernels were loaded at once,
+it was 1 GiB and more (pytorch/pytorch#28394). No number is ours."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,7 @@ class Forecast:
     def phase_peak(self, phase: Phase, component: str | None = None) -> Estimate:
         """The peak of a phase, or of a component in it; noughts where there is none."""
         peaks = [
-            one.peak
-            for one in self.phases
-            if one.phase == phase and (component is None or one.component == component)
+            one.peak for one in self.phases if one.phase == phase and (component is None or one.component == component)
         ]
         return Estimate(
             max((peak.low for peak in peaks), default=0),
