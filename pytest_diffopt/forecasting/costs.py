@@ -45,11 +45,11 @@ def convolution(
     and output within its workspace: as many bytes as all three have. That is what is expected, for images (4-D) and for
     videos (5-D) alike, and these public figures have it so:
 
-    - RTX 4090, torch 2.7.1, float16, the VAE of Qwen-Image (3-D convolutions): 1.274 GiB at 512² and 4.369 at 1024²
-      published, 1.271 and 4.368 with this rule, and 3.62 without it at 1024². Source: invoke-ai/InvokeAI#9305.
+    - RTX 4090, torch 2.7.1, float16, the VAE of Qwen-Image (3-D convolutions): 1.274, 4.369 and 16.754 GiB published at
+      512², 1024² and 2048²; 1.271, 4.368 and 16.751 with this rule. Source: invoke-ai/InvokeAI#9305.
     - RTX 4090, bfloat16, FLUX.1 with nf4, bound by its VAE at 1024²: 14.945 GiB published, 14.900 with this rule.
-    - L20, bfloat16, FLUX.1 at 2048²: 40.96 GiB published; its weights are 31.4, and its VAE works with 8.9 by this
-      rule. Source: vipshop/cache-dit#645.
+    - L20, bfloat16, FLUX.1 at 2048²: 40.96 GiB published; 40.7 with this rule, of which its weights are 31.4. Source:
+      vipshop/cache-dit#645.
     - float16, a convolution of 256 by 256 channels: 9.90 GiB reserved, of it 5.88 are tensors, and input and output
       4.00. Source: pytorch/pytorch#123533.
     - A GPU of 80 GB, float16, 3-D: 12.874 GB published, 12.79 with this rule. Source: pytorch/pytorch#95024.

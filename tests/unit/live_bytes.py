@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that were made in it and are alive, and the most of it."""
+    """Counts the bytes of tensors that were made in it and are alive, and the most of it.
 
-    def __init__(self) -> None:
+    Args:
+        costs: operator, ``"aten::convolution"`` → what it takes beside its results, as `forecasting.costs` has it.
+    """
+
+    def __init__(self, costs: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.peak = 0
+        self._costs = costs or {}
         self._storages: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,5 +37,7 @@ class LiveBytes(TorchDispatchMode):
             else:
                 alive.append((reference, count))
         self._storages = alive
-        self.peak = max(self.peak, sum(count for _, count in alive))
+        cost = self._costs.get(function._schema.name)
+        scratch = cost([result], *args, **(kwargs or {})).expected if cost is not None else 0
+        self.peak = max(self.peak, sum(count for _, count in alive) + scratch)
         return result

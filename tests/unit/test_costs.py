@@ -70,6 +70,19 @@ def test_peaks_of_single_convolutions_are_as_published(
     assert size(input) + size(weight) + size(result) + found.expected == pytest.approx(published, rel=within)
 
 
+@pytest.mark.parametrize(("pixels", "published"), [(512, 1.274), (768, 2.563), (1024, 4.369)])
+def test_the_vae_of_qwen_image_takes_what_was_published_of_an_rtx_4090(pixels: int, published: float) -> None:
+    """invoke-ai/InvokeAI#9305: torch 2.7.1, float16, GiB allocated at the most while an image is decoded."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage().to(torch.float16)
+    weights = sum(size(one) for one in vae.parameters())
+    with torch.no_grad(), LiveBytes(costs_on("ada")) as live:
+        vae.decode(meta(1, 16, 1, pixels // 8, pixels // 8, dtype=torch.float16))
+    assert (weights + live.peak) / GIB == pytest.approx(published, rel=0.004)
+
+
 def test_what_the_figures_of_an_h100_imply_for_a_vae_lies_in_the_range_of_hopper() -> None:
     at_ada, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3))
     at_hopper, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3), generation="hopper")
