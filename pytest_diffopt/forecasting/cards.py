@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pytest_diffopt.errors import DiffoptError
+from pytest_diffopt.forecasting.generations import GenerationName
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -33,6 +34,7 @@ class Card:
     Args:
         name: what people type, ``"rtx-4090"``; with the memory where a model is sold with several: ``"a100-80gb"``.
         title: the maker's name.
+        generation: of its GPU, ``"ada"``; NVIDIA's own names of its architectures.
         nominal_bytes: as it is sold; a card's GB are GiB.
         total_bytes: the least that ``torch.cuda.get_device_properties(0).total_memory`` or an out-of-memory error was seen
             to report on Linux; to 0.01 GiB, as printed, where no exact number was seen.
@@ -44,6 +46,7 @@ class Card:
 
     name: str
     title: str
+    generation: GenerationName
     nominal_bytes: int
     total_bytes: int
     source: str
@@ -51,64 +54,86 @@ class Card:
     measured: bool = True
 
 
-def _seen(name: str, title: str, nominal_gib: int, total_gib: float, source: str, note: str = "") -> Card:
-    return Card(name, title, nominal_gib * _GIB, int(total_gib * _GIB), source, note)
+def _seen(
+    name: str, title: str, generation: GenerationName, nominal_gib: int, total_gib: float, source: str, note: str = ""
+) -> Card:
+    return Card(name, title, generation, nominal_gib * _GIB, int(total_gib * _GIB), source, note)
 
 
-def _exact(name: str, title: str, nominal_gib: int, total_bytes: int, source: str, note: str = "") -> Card:
-    return Card(name, title, nominal_gib * _GIB, total_bytes, source, note)
+def _exact(
+    name: str, title: str, generation: GenerationName, nominal_gib: int, total_bytes: int, source: str, note: str = ""
+) -> Card:
+    return Card(name, title, generation, nominal_gib * _GIB, total_bytes, source, note)
 
 
-def _unseen(name: str, title: str, nominal_gib: int, whole_bytes: int, source: str) -> Card:
+def _unseen(name: str, title: str, generation: GenerationName, nominal_gib: int, whole_bytes: int, source: str) -> Card:
     note = "No report of CUDA's total was found: what is known of the card, less 600 MiB, more than drivers were seen to keep."
-    return Card(name, title, nominal_gib * _GIB, whole_bytes - _KEPT_BYTES, source, note, measured=False)
+    return Card(name, title, generation, nominal_gib * _GIB, whole_bytes - _KEPT_BYTES, source, note, measured=False)
 
 
 _ECC = "Error correction, which is on by default, takes a part of the memory."
 
 _CARDS = (
-    _seen("rtx-3060-12gb", "NVIDIA GeForce RTX 3060 12GB", 12, 11.75, "smy20011/dreambooth-gui#78"),
-    _seen("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 23.59, "Stable-X/StableNormal#33", "23.70 with other drivers."),
-    _seen("rtx-4060", "NVIDIA GeForce RTX 4060", 8, 7.75, "ESRSchao/EdgeRegNet#2"),
+    _seen("rtx-3060-12gb", "NVIDIA GeForce RTX 3060 12GB", "ampere", 12, 11.75, "smy20011/dreambooth-gui#78"),
+    _seen(
+        "rtx-3090",
+        "NVIDIA GeForce RTX 3090",
+        "ampere",
+        24,
+        23.59,
+        "Stable-X/StableNormal#33",
+        "23.70 with other drivers.",
+    ),
+    _seen("rtx-4060", "NVIDIA GeForce RTX 4060", "ada", 8, 7.75, "ESRSchao/EdgeRegNet#2"),
     _unseen(
         "rtx-4060-ti-16gb",
         "NVIDIA GeForce RTX 4060 Ti 16GB",
+        "ada",
         16,
         16 * _GIB,
         "huggingface/huggingface.js#712, its 16 GB",
     ),
-    _unseen("rtx-4070", "NVIDIA GeForce RTX 4070", 12, 12282 * _MIB, "meta-llama/llama#466, 12282 MiB by nvidia-smi"),
     _unseen(
-        "rtx-4080", "NVIDIA GeForce RTX 4080", 16, 16 * _GIB, "aigc-apps/sd-webui-EasyPhoto#281, 15.99 GiB on Windows"
+        "rtx-4070", "NVIDIA GeForce RTX 4070", "ada", 12, 12282 * _MIB, "meta-llama/llama#466, 12282 MiB by nvidia-smi"
+    ),
+    _unseen(
+        "rtx-4080",
+        "NVIDIA GeForce RTX 4080",
+        "ada",
+        16,
+        16 * _GIB,
+        "aigc-apps/sd-webui-EasyPhoto#281, 15.99 GiB on Windows",
     ),
     _seen(
         "rtx-4090",
         "NVIDIA GeForce RTX 4090",
+        "ada",
         24,
         23.43,
         "siliconflow/onediff: onediff_comfy_nodes/benchmarks/results/exp5/system_info.md",
         "23.52 to 23.68 with other drivers.",
     ),
-    _seen("rtx-5090", "NVIDIA GeForce RTX 5090", 32, 31.37, "Wan-Video/Wan2.1#465"),
-    _seen("rtx-a4000", "NVIDIA RTX A4000", 16, 15.61, "DengKaiCQ/VGGT-Long#6"),
-    _seen("rtx-a6000", "NVIDIA RTX A6000", 48, 47.53, "black-forest-labs/flux2#23"),
-    _seen("rtx-6000-ada", "NVIDIA RTX 6000 Ada Generation", 48, 44.43, "DINGYANB/MTVCrafter#21", _ECC),
+    _seen("rtx-5090", "NVIDIA GeForce RTX 5090", "blackwell", 32, 31.37, "Wan-Video/Wan2.1#465"),
+    _seen("rtx-a4000", "NVIDIA RTX A4000", "ampere", 16, 15.61, "DengKaiCQ/VGGT-Long#6"),
+    _seen("rtx-a6000", "NVIDIA RTX A6000", "ampere", 48, 47.53, "black-forest-labs/flux2#23"),
+    _seen("rtx-6000-ada", "NVIDIA RTX 6000 Ada Generation", "ada", 48, 44.43, "DINGYANB/MTVCrafter#21", _ECC),
     _exact(
         "t4",
         "NVIDIA T4",
+        "turing",
         16,
         15095 * _MIB,
         "sylvia-ymlin/cuda-kernels-from-scratch: README.md",
         _ECC,
     ),
-    _exact("a10", "NVIDIA A10", 24, 23_609_475_072, "aalanwyr/face2cuda: step2cuda/README.md", _ECC),
-    _unseen("l4", "NVIDIA L4", 24, 23034 * _MIB, "NVIDIA/TensorRT-LLM#2398, 23034 MiB by nvidia-smi"),
-    _seen("a30", "NVIDIA A30", 24, 23.53, "google/RB-Modulation#5"),
-    _seen("l40", "NVIDIA L40", 48, 44.40, "QwenLM/Qwen3-VL#2097", _ECC),
-    _seen("l40s", "NVIDIA L40S", 48, 44.42, "stepfun-ai/Step-Video-T2V#8", _ECC),
-    _exact("a100-40gb", "NVIDIA A100 40GB", 40, 42_298_834_944, "bottlerocket-os/bottlerocket#3873"),
-    _seen("a100-80gb", "NVIDIA A100 80GB", 80, 79.25, "levihsu/OOTDiffusion#235"),
-    _seen("h100-80gb", "NVIDIA H100 80GB", 80, 79.11, "vllm-project/vllm#27508"),
+    _exact("a10", "NVIDIA A10", "ampere", 24, 23_609_475_072, "aalanwyr/face2cuda: step2cuda/README.md", _ECC),
+    _unseen("l4", "NVIDIA L4", "ada", 24, 23034 * _MIB, "NVIDIA/TensorRT-LLM#2398, 23034 MiB by nvidia-smi"),
+    _seen("a30", "NVIDIA A30", "ampere", 24, 23.53, "google/RB-Modulation#5"),
+    _seen("l40", "NVIDIA L40", "ada", 48, 44.40, "QwenLM/Qwen3-VL#2097", _ECC),
+    _seen("l40s", "NVIDIA L40S", "ada", 48, 44.42, "stepfun-ai/Step-Video-T2V#8", _ECC),
+    _exact("a100-40gb", "NVIDIA A100 40GB", "ampere", 40, 42_298_834_944, "bottlerocket-os/bottlerocket#3873"),
+    _seen("a100-80gb", "NVIDIA A100 80GB", "ampere", 80, 79.25, "levihsu/OOTDiffusion#235"),
+    _seen("h100-80gb", "NVIDIA H100 80GB", "hopper", 80, 79.11, "vllm-project/vllm#27508"),
 )
 
 CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _CARDS})

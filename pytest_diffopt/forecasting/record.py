@@ -23,9 +23,12 @@ SCHEMA_VERSION = 1
 Fit = Literal["fits", "may fit", "does not fit"]
 Phase = Literal["load", "place", "call"]
 
-CONTEXT_BYTES = (300 * 2**20, 600 * 2**20)
-"""What a process that uses CUDA takes beside torch's allocator, the least and the most: the driver's context and the
-libraries' kernels. NVIDIA/cuda-samples and torch's issues report 300 to 600 MiB; no number of ours was measured."""
+CONTEXT_BYTES = (256 * 2**20, 640 * 2**20)
+"""What a process that uses CUDA takes beside torch's allocator, the least and the most: the driver's context, and the
+kernels of the libraries, which are loaded when they are first used. Public reports with CUDA 11.7 or later: 256 MiB on
+an RTX 3090 (invoke-ai/InvokeAI#9413), about 300 (pytorch/pytorch#107667), about 400 (pytorch/pytorch#109888), 426 on an
+RTX 6000 Ada (unslothai/unsloth-zoo#1053) and 616 (LMCache/LMCache#4019). Before, when all kernels were loaded at once,
+it was 1 GiB and more (pytorch/pytorch#28394). No number is ours."""
 
 
 @dataclass(frozen=True)
