@@ -179,9 +179,7 @@ class Forecast:
     def phase_peak(self, phase: Phase, component: str | None = None) -> Estimate:
         """The peak of a phase, or of a component in it; noughts where there is none."""
         peaks = [
-            one.peak
-            for one in self.phases
-            if one.phase == phase and (component is None or one.component == component)
+            one.peak for one in self.phases if one.phase == phase and (component is None or one.component == component)
         ]
         return Estimate(
             max((peak.low for peak in peaks), default=0),

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from pytest_diffopt.byte_sizes import human, unit_of
+
 if TYPE_CHECKING:
     from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
 
@@ -86,23 +88,6 @@ def described(residency: Residency) -> str:
         return "Nothing was recorded."
     peaks = [f"{phase.phase} peaks at {human(phase.peak_bytes)}{_doing(phase)}" for phase in residency.phases]
     return f"Memory on the accelerator over time, by owner: {'; '.join(peaks)}."
-
-
-def unit_of(highest_bytes: int) -> tuple[int, str]:
-    """(bytes in it, its name) of the unit that an axis up to so many bytes is labelled in."""
-    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if highest_bytes >= 1 << power:
-            return 1 << power, name
-    return 1, "B"
-
-
-def human(count: int) -> str:
-    """Bytes for a person, with three digits: ``"9.45 MiB"``."""
-    unit, name = unit_of(count)
-    if unit == 1:
-        return f"{count} B"
-    value = count / unit
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
 
 
 def ticks(highest: float) -> list[float]:

@@ -24,9 +24,10 @@ ROOT = Path(pytest_diffopt.__file__).parent
 LAYERS = (
     ("",),
     ("plugin",),
-    ("collection", "report", "baseline", "fixtures", "forecasting"),
+    ("collection", "report", "baseline", "fixtures"),
     ("options", "markers", "hookspec"),
     ("checks",),
+    ("forecasting",),
     ("observation",),
     ("preparation",),
     ("installation",),
