@@ -23,7 +23,8 @@ ROOT = Path(pytest_diffopt.__file__).parent
 # package. "" is the package itself, whose lazy names reach everything: so no module in it imports them.
 LAYERS = (
     ("",),
-    ("plugin",),
+    ("__main__",),
+    ("plugin", "command_line"),
     ("collection", "report", "baseline", "fixtures"),
     ("options", "markers", "hookspec"),
     ("checks",),
