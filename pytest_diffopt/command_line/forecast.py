@@ -27,6 +27,7 @@ from pytest_diffopt.report.forecasts import (
     missed,
     picture,
     table_lines,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ def report_lines(rows: Sequence[Row], options: Options, *, width: int, color: bo
         notes.append(f"{common}: every known card of that size, or with 'may fit' perhaps some. --gpu names one.")
     if notes:
         yield ""
-        yield from notes
+        for note in notes:
+            yield from wrapped(note, width)
     if options.details:
         for row in rows:
             for one in row.distinct:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.byte_sizes import human
-from pytest_diffopt.report.tables import GAP, Column, fitting, lines_of, new_table, room
+from pytest_diffopt.report.tables import GAP, Column, fitting, lines_of, new_table, room, widths
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.cards import Card
@@ -23,11 +23,13 @@ ANY_CARD = ""
 """In :attr:`Row.forecasts`, where no card was named."""
 
 _GIB = 2**30
-_NAME_WIDTH = 32  # columns of a recipe's name
+_NAME_WIDTH, _LEAST_NAME_WIDTH = 32, 8  # columns of a recipe's name
 _WIDE = 0.01  # a range is shown where it is wider than this part of what is expected
 _TENSORS_SHOWN = 12
 _COLORS = {"fits": "green", "may fit": "yellow", "does not fit": "red"}
-_SHORT = {"does not fit": "no"}  # where the words have no room
+_WORDS: dict[Fit, str] = {"fits": "fits", "may fit": "may fit", "does not fit": "does not fit"}
+_SHORT_WORDS: dict[Fit, str] = {**_WORDS, "does not fit": "no"}  # where the others have no room
+_SHORT_TITLE = 10  # a title of fewer characters is kept in one line
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def _why(row: Row, target: Target) -> str:
     unknown = sum(len(one.unknown) for one in row.distinct)
     beside = f", and {unknown} thing{'s' * (unknown > 1)} that --details names could not be known" if unknown else ""
     if target.budget_bytes is not None:
-        return f"{peak}, {human(target.budget_bytes)} allowed{beside}."
+        more = high - target.budget_bytes
+        beyond = f" ({more} bytes more)" if more > 0 and human(high) == human(target.budget_bytes) else ""
+        return f"{peak}{beyond}, {human(target.budget_bytes)} allowed{beside}."
     reserved = max(one.reserved.high for one in row.forecasts.values())
     total = min(card.total_bytes for card in target.cards)
     return f"{peak}, up to {human(reserved)} reserved, and CUDA's own beside; the card reports {human(total)}{beside}."
@@ -161,7 +165,8 @@ _TRANSFERS: Column[Row] = (
     _figure(lambda one: f"{_gib(one.h2d_bytes)} / {_gib(one.d2h_bytes)}"),
 )
 _COLUMNS = (_MODEL, _LOAD, _CALL, _WHERE, _CALL_RANGE, _PEAK, _RESERVED, _HOST, _TRANSFERS)
-_LEFT = (_MODEL, _WHERE)
+_RECIPE: Column[Row] = ("recipe", lambda row: row.recipe)
+_TEXTS = ("recipe", "model", "in")
 _LEAST_TELLING = (_TRANSFERS, _HOST, _LOAD, _RESERVED, _CALL_RANGE, _WHERE, _CALL)
 
 
@@ -174,46 +179,50 @@ def table_lines(rows: Sequence[Row], targets: Sequence[Target], *, width: int, c
     from rich.text import Text
 
     names_width = min(max([len("recipe"), *(len(row.recipe) for row in rows)]), _NAME_WIDTH, max(width // 3, 6))
-    fits: list[Column[Row]] = [(target.title, _fit_text(target)) for target in targets]
+    told = [column for column in _COLUMNS if any(column[1](row) for row in rows)]
     one_model = len({row.model for row in rows}) == 1
-    left = width - names_width
-
-    def fitting_with(fits: list[Column[Row]]) -> list[Column[Row]]:
-        taken = sum(room(column, rows) for column in fits)
-        return fitting(_COLUMNS, rows, left - taken, (*([_MODEL] if one_model else []), *_LEAST_TELLING))
-
-    columns = fitting_with(fits)
-    short = len(columns) < len(_COLUMNS)
-    if short:
-        fits = [(target.title, _fit_text(target, _SHORT)) for target in targets]
-        columns = fitting_with(fits)
+    least_telling = (*([_MODEL] if one_model else []), *_LEAST_TELLING)
+    fits: list[Column[Row]] = []
+    columns: list[Column[Row]] = []
+    for words in (_WORDS, _SHORT_WORDS):
+        fits = [(target.title, _fit_text(target, words)) for target in targets]
+        taken = sum(_need_of_fit(column, rows) + GAP for column in fits)
+        columns = fitting(told, rows, width - names_width - taken, least_telling)
+        if len(columns) == len(told):
+            break
+    needs = [*(room(one, rows) - GAP for one in columns), *(_need_of_fit(one, rows) for one in fits)]
+    names_width = min(names_width, max(width - sum(needs) - GAP * len(needs), _LEAST_NAME_WIDTH))
+    wishes = [max([len(title), *(len(shown(row)) for row in rows)]) for title, shown in (*columns, *fits)]
+    given = widths([names_width, *needs], [names_width, *wishes], width)
     table = new_table()
-    table.add_column("recipe", overflow="fold", width=names_width)
-    for column in columns:
-        wide = room(column, rows) - GAP if column in (_PEAK, _MODEL) else None
-        table.add_column(column[0], justify="left" if column in _LEFT else "right", min_width=wide, overflow="fold")
-    for title, _ in fits:
-        table.add_column(title, overflow="fold")
+    for (title, _), wide in zip((_RECIPE, *columns, *fits), given, strict=True):
+        figures = title not in _TEXTS and title not in [title for title, _ in fits]
+        table.add_column(title, justify="right" if figures else "left", width=wide, overflow="fold")
     for row in rows:
-        cells = [Text(shown(row), style="bold" if shown is _peak else "") for _, shown in columns]
-        if row.shown is None:
-            cells[columns.index(_PEAK)].stylize("bold red")
-        verdicts = [
-            Text(shown(row), style=_COLORS.get(target.fit(row) or "", ""))
-            for target, (_, shown) in zip(targets, fits, strict=True)
-        ]
-        table.add_row(Text(row.recipe), *cells, *verdicts)
-    lines = [_caption(rows), "", *lines_of(table, width=width, color=color)]
+        cells = [Text(row.recipe)]
+        for _, shown in columns:
+            style = "" if shown is not _peak else "bold" if row.shown is not None else "bold red"
+            cells.append(Text(shown(row), style=style))
+        for target, (_, shown) in zip(targets, fits, strict=True):
+            cells.append(Text(shown(row), style=_COLORS.get(target.fit(row) or "", "")))
+        table.add_row(*cells)
+    lines = [*wrapped(_caption(rows), width), "", *lines_of(table, width=width, color=color)]
     for row in rows:
         if row.failure:
-            lines += ["", *_wrapped(f"{row.title} could not be forecast: {row.failure}", width)]
+            lines += ["", *wrapped(f"{row.title} could not be forecast: {row.failure}", width)]
     return lines
 
 
-def _fit_text(target: Target, short: Mapping[str, str] | None = None) -> Callable[[Row], str]:
+def _need_of_fit(column: Column[Row], rows: Sequence[Row]) -> int:
+    title, shown = column
+    words = [title] if len(title) < _SHORT_TITLE else title.split()
+    return max(map(len, [*words, *(shown(row) for row in rows)]))
+
+
+def _fit_text(target: Target, words: Mapping[Fit, str]) -> Callable[[Row], str]:
     def shown(row: Row) -> str:
-        fit = target.fit(row) or ""
-        return (short or {}).get(fit, fit)
+        fit = target.fit(row)
+        return words[fit] if fit is not None else ""
 
     return shown
 
@@ -248,8 +257,8 @@ def detail_lines(forecast: Forecast, *, width: int, color: bool = False) -> list
         peak += f" ({_gib(forecast.peak.low)} to {_gib(forecast.peak.high)})"
     lines = [
         f"{forecast.recipe} · {forecast.model}",
-        *_wrapped(", ".join(filter(None, about)), width, "  "),
-        *_wrapped(f"peak {peak} {at}", width, "  "),
+        *wrapped(", ".join(filter(None, about)), width, "  "),
+        *wrapped(f"peak {peak} {at}", width, "  "),
         f"  reserved {forecast.reserved}",
         f"  host {_gib(forecast.host_bytes)} GiB, of it pinned {_gib(forecast.pinned_bytes)} GiB",
         f"  transfers of a call {_gib(forecast.h2d_bytes)} GiB in, {_gib(forecast.d2h_bytes)} GiB out",
@@ -266,7 +275,7 @@ def detail_lines(forecast: Forecast, *, width: int, color: bool = False) -> list
     ):
         if sentences:
             lines += ["", f"  {title}"]
-            lines += [line for sentence in sentences for line in _wrapped(f"- {sentence}", width, "    ", "      ")]
+            lines += [line for sentence in sentences for line in wrapped(f"- {sentence}", width, "    ", "      ")]
     return lines
 
 
@@ -319,7 +328,8 @@ def _section(titles: tuple[str, ...], cells: Sequence[tuple[str, ...]], width: i
     return ["", *(f"  {line}".rstrip() for line in lines_of(table, width=width - 2, color=color))]
 
 
-def _wrapped(text: str, width: int, indent: str = "", further: str | None = None) -> list[str]:
+def wrapped(text: str, width: int, indent: str = "", further: str | None = None) -> list[str]:
+    """A sentence in lines of at most ``width`` columns, those after the first further in; names are not broken."""
     further = f"{indent}  " if further is None else further
     return textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False, break_long_words=False
@@ -352,7 +362,8 @@ def picture(row: Row, targets: Sequence[Target] = ()) -> str | None:
     if row.shown is None or row.shown.residency is None:
         return None
     limits = {
-        target.title: target.budget_bytes or min(card.total_bytes for card in target.cards)
+        "the limit" if target.budget_bytes else target.title: target.budget_bytes
+        or min(card.total_bytes for card in target.cards)
         for target in targets
         if target.required
     }

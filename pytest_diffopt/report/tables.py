@@ -37,6 +37,17 @@ def room(column: Column[_Row], rows: Sequence[_Row]) -> int:
     return max(map(len, [*title.split(), *(shown(row) for row in rows)])) + GAP
 
 
+def widths(needs: Sequence[int], wishes: Sequence[int], width: int) -> list[int]:
+    """What columns of one table get: what they need, and from the left what they wish as far as there is room."""
+    found = list(needs)
+    spare = width - sum(needs) - GAP * (len(needs) - 1)
+    for place, wish in enumerate(wishes):
+        more = wish - found[place]
+        if 0 < more <= spare:
+            found[place], spare = wish, spare - more
+    return found
+
+
 def new_table(*, titles: bool = True) -> Table:
     """A table with a line under its titles, or without both."""
     from rich import box
