@@ -232,7 +232,9 @@ def report_lines(rows: Sequence[Row], options: Options, *, width: int, color: bo
     notes = missed(rows, options.targets)
     if not options.cards:
         common = ", ".join(f"{size} GB" for size in COMMON_GB)
-        notes.append(f"{common}: every known card of that size, or with 'may fit' perhaps some. --gpu names one.")
+        notes.append(
+            f"{common}: 'fits' is every known card of that size, 'may fit' is not sure of all; --gpu names one."
+        )
     if notes:
         yield ""
         for note in notes:

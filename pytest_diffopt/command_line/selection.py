@@ -57,7 +57,11 @@ def jobs_of(recipes: Iterable[Recipe], models: Sequence[str], registry: Registry
     """
     if not models:
         return _own_models(recipes, registry), []
-    described = {model: _described(model, registry) for model in dict.fromkeys(models)}
+    described: dict[str, Description] = {}
+    for model in models:
+        found = _described(model, registry)
+        if found not in described.values():  # a name and its hub id are one
+            described[model] = found
     jobs, left_out = [], []
     classes: dict[str, str | None] = {}
     for recipe in recipes:

@@ -167,7 +167,7 @@ class _Plot:
         return lines
 
     def limits(self, limits: Mapping[str, int]) -> list[str]:
-        """A line across at each, with its name on the right; names of close ones stand one over the other."""
+        """A line across at each, with its name on the left; names of close ones stand one over the other."""
         lines, above = [], float("inf")
         for named, count in sorted(limits.items(), key=lambda item: item[1]):
             y = self.y(count)
@@ -175,7 +175,7 @@ class _Plot:
             label = _short(f"{named}, {human(count)}", 40)
             lines += [
                 f'<line class="limit" x1="{_LEFT}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>',
-                f'<text class="over" x="{self.right - 4}" y="{above:.1f}" text-anchor="end">{_text(label)}</text>',
+                f'<text class="over" x="{_LEFT + 4}" y="{above:.1f}">{_text(label)}</text>',
             ]
         return lines
 
