@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pytest_diffopt.checks import assert_recipe, check
     from pytest_diffopt.checks.verdict import Verdict
     from pytest_diffopt.contract import Contract
+    from pytest_diffopt.forecasting.record import Forecast
+    from pytest_diffopt.forecasting.running import forecast
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe
@@ -23,6 +25,7 @@ _HOMES = {
     "Call": "pytest_diffopt.recipe",
     "Compilation": "pytest_diffopt.recipe",
     "Contract": "pytest_diffopt.contract",
+    "Forecast": "pytest_diffopt.forecasting.record",
     "Observation": "pytest_diffopt.observation.observation",
     "Offloading": "pytest_diffopt.recipe",
     "Quantization": "pytest_diffopt.recipe",
@@ -31,6 +34,7 @@ _HOMES = {
     "assert_recipe": "pytest_diffopt.checks",
     "check": "pytest_diffopt.checks",
     "compile_fullgraph": "pytest_diffopt.markers",
+    "forecast": "pytest_diffopt.forecasting.running",
     "load_recipes": "pytest_diffopt.recipe_loading",
     "max_memory": "pytest_diffopt.markers",
     "max_recompiles": "pytest_diffopt.markers",
@@ -44,6 +48,7 @@ __all__ = [
     "Call",
     "Compilation",
     "Contract",
+    "Forecast",
     "Observation",
     "Offloading",
     "Quantization",
@@ -53,6 +58,7 @@ __all__ = [
     "assert_recipe",
     "check",
     "compile_fullgraph",
+    "forecast",
     "load_recipes",
     "max_memory",
     "max_recompiles",

@@ -30,11 +30,15 @@ def parse_bytes(value: str | int, name: str = "max_memory") -> int:
     return size
 
 
+def unit_of(highest_bytes: int) -> tuple[int, str]:
+    """(bytes in it, its name) of the unit in which sizes up to so many bytes are written."""
+    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if highest_bytes >= 1 << power:
+            return 1 << power, name
+    return 1, "B"
+
+
 def human(count: int) -> str:
     """Bytes for a person: ``"9.45 MiB"``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+    unit, name = unit_of(count)
+    return f"{count} B" if unit == 1 else f"{count / unit:.2f} {name}"

@@ -66,9 +66,9 @@ torch after pytorch/pytorch#194311 (August 2026) frees the workspace after each 
 
 _GENERATIONS = (
     Generation("turing", (7, 5), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
-    Generation("ampere", (8, 0), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
-    Generation("ada", (8, 9), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
-    Generation("hopper", (9, 0), _LARGE_CUBLAS, (0.0, 3.4, 4.0)),
+    Generation("ampere", (8, 0), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
+    Generation("ada", (8, 9), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
+    Generation("hopper", (9, 0), _LARGE_CUBLAS, (1.0, 3.4, 4.0)),
     Generation("blackwell", (12, 0), _LARGE_CUBLAS, (0.0, 1.0, 4.0)),
 )
 

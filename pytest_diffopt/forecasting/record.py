@@ -102,6 +102,8 @@ class Forecast:
         phases: the peaks, in order.
         live_at_peak: what is alive at the peak as expected, the largest first; their bytes add up to it.
         reserved: the highest that the caching allocator takes from the device, as ``torch.cuda.max_memory_reserved``.
+        floor_bytes: the peak if no kernel took any memory for itself, which torch falls back to where memory is short:
+            below it the recipe cannot run.
         weights_bytes: component → bytes of its weights, wherever they are once loaded.
         parameters: component → number of its parameters before quantization.
         host_bytes: the highest on the host: weights that wait there, pinned or in mapped files, and working memory.
@@ -129,6 +131,7 @@ class Forecast:
     phases: tuple[PhaseForecast, ...]
     live_at_peak: tuple[LiveTensors, ...]
     reserved: Estimate
+    floor_bytes: int = 0
     weights_bytes: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     host_bytes: int = 0
@@ -197,7 +200,7 @@ class Forecast:
     def fit_bytes(self, total_bytes: int) -> Fit:
         """The same for a card on which CUDA reports so many bytes in all."""
         least, most = CONTEXT_BYTES
-        if self.peak.low + least > total_bytes:
+        if self.floor_bytes + least > total_bytes:
             return "does not fit"
         return "fits" if self.reserved.high + most <= total_bytes and not self.unknown else "may fit"
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
+
+from pytest_diffopt.byte_sizes import human, unit_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 960, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 300, 92, 36  # around the plot; the legend stands on its right
 _HEADROOM = 1.12  # for what is written over the peak
+_NEAR = 2.0  # a limit further off than so many times the highest would flatten the picture
+_NO_LIMITS: Mapping[str, int] = MappingProxyType({})
 
 # Okabe and Ito's, told apart by colour-blind readers too
 _HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#9a8f00", "#7a5cc7")
@@ -29,6 +34,7 @@ _STYLE = """
 .residency .over { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round; }
 .residency .grid { stroke: #d1d9e0; }
 .residency .phase { stroke: #818b98; stroke-dasharray: 3 3; }
+.residency .limit { stroke: #cf222e; stroke-width: 1.5; stroke-dasharray: 8 4; }
 .residency .mark { fill: #ffffff; stroke: #1f2328; stroke-width: 2; }
 @media (prefers-color-scheme: dark) {
 .residency text { fill: #f0f6fc; }
@@ -37,26 +43,31 @@ _STYLE = """
 .residency .over { stroke: #0d1117; }
 .residency .grid { stroke: #3d444d; }
 .residency .phase { stroke: #656c76; }
+.residency .limit { stroke: #f85149; }
 .residency .mark { fill: #0d1117; stroke: #f0f6fc; }
 }
 """
 
 
-def residency_svg(residency: Residency, title: str) -> str:
+def residency_svg(residency: Residency, title: str, limits: Mapping[str, int] = _NO_LIMITS) -> str:
     """Whose bytes were on the accelerator, over time, as an SVG picture of 960 by 400.
 
     Stacked areas, one an owner, from left to right as blocks of memory came and went; the legend has what each held at the
     highest peak. A component's working memory is a lighter shade of its weights' colour.
+
+    Args:
+        limits: name → bytes, each a line across; one that is more than twice as high as anything else has none.
     """
     peak = max(residency.phases, key=lambda phase: phase.peak_bytes, default=None)
     at_peak = residency.at(peak.peak_at) if peak is not None else {}
     highest = max([*map(sum, residency.bytes), 1])
     unit, name = unit_of(highest)
-    plot = _Plot(residency, highest * _HEADROOM)
+    near = {named: count for named, count in limits.items() if count <= highest * _NEAR}
+    plot = _Plot(residency, max([highest, *near.values()]) * _HEADROOM)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="residency" role="img" viewBox="0 0 {WIDTH} {HEIGHT}">',
         f"<title>{_text(title)}</title>",
-        f"<desc>{_text(described(residency))}</desc>",
+        f"<desc>{_text(described(residency, limits))}</desc>",
         f"<style>{_STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
         f'<text class="title" x="20" y="30">{_text(_short(title, 100))}</text>',
@@ -69,7 +80,7 @@ def residency_svg(residency: Residency, title: str) -> str:
     for owner, path in zip(residency.owners, plot.areas(), strict=True):
         fill, opacity = colours[owner]
         lines.append(f'<path d="{path}" fill="{fill}" fill-opacity="{opacity}"/>')
-    lines += plot.phases()
+    lines += plot.phases() + plot.limits(near)
     if peak is not None:
         x, y = plot.x(peak.peak_at), plot.y(peak.peak_bytes)
         anchor = "start" if x < _LEFT + 100 else "end" if x > plot.right - 100 else "middle"
@@ -80,29 +91,13 @@ def residency_svg(residency: Residency, title: str) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def described(residency: Residency) -> str:
+def described(residency: Residency, limits: Mapping[str, int] = _NO_LIMITS) -> str:
     """The picture in words, for those who do not see it."""
     if not residency.phases:
         return "Nothing was recorded."
     peaks = [f"{phase.phase} peaks at {human(phase.peak_bytes)}{_doing(phase)}" for phase in residency.phases]
-    return f"Memory on the accelerator over time, by owner: {'; '.join(peaks)}."
-
-
-def unit_of(highest_bytes: int) -> tuple[int, str]:
-    """(bytes in it, its name) of the unit that an axis up to so many bytes is labelled in."""
-    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if highest_bytes >= 1 << power:
-            return 1 << power, name
-    return 1, "B"
-
-
-def human(count: int) -> str:
-    """Bytes for a person, with three digits: ``"9.45 MiB"``."""
-    unit, name = unit_of(count)
-    if unit == 1:
-        return f"{count} B"
-    value = count / unit
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+    held = [f"; {named} has {human(count)}" for named, count in limits.items()]
+    return f"Memory on the accelerator over time, by owner: {'; '.join(peaks)}{''.join(held)}."
 
 
 def ticks(highest: float) -> list[float]:
@@ -169,6 +164,19 @@ class _Plot:
                 x, anchor, room = right, "end", int((right - 8) / 6.8)
             if shown := _short(phase.phase, room):
                 lines.append(f'<text x="{x:.1f}" y="{_TOP - 14}" text-anchor="{anchor}">{_text(shown)}</text>')
+        return lines
+
+    def limits(self, limits: Mapping[str, int]) -> list[str]:
+        """A line across at each, with its name on the left; names of close ones stand one over the other."""
+        lines, above = [], float("inf")
+        for named, count in sorted(limits.items(), key=lambda item: item[1]):
+            y = self.y(count)
+            above = min(y - 5, above - 14)
+            label = _short(f"{named}, {human(count)}", 40)
+            lines += [
+                f'<line class="limit" x1="{_LEFT}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>',
+                f'<text class="over" x="{_LEFT + 4}" y="{above:.1f}">{_text(label)}</text>',
+            ]
         return lines
 
 

@@ -18,12 +18,10 @@ from pytest_diffopt.report.rows import (
     verdict_text,
     worst,
 )
+from pytest_diffopt.report.tables import LOG_WIDTH, Column, fitting, lines_of, new_table
 
 _NAME_WIDTH, _VERDICT_WIDTH = 32, 24
 """Columns that a recipe's name and verdict get before the titles of other columns do."""
-
-_LOG_WIDTH = 160
-"""Columns of a table that goes to no terminal: a log does not wrap, and a file's reader scrolls."""
 
 
 class RecipeReport:
@@ -49,7 +47,7 @@ class RecipeReport:
             return
         terminalreporter.section("optimization recipes")
         writer = terminalreporter.config.get_terminal_writer()
-        width = writer.fullwidth if terminalreporter.isatty else max(writer.fullwidth, _LOG_WIDTH)
+        width = writer.fullwidth if terminalreporter.isatty else max(writer.fullwidth, LOG_WIDTH)
         for line in table_lines(merged(self.rows), width=width, color=writer.hasmarkup):
             terminalreporter.write_line(line)
         for line in self.summary_lines():
@@ -128,7 +126,7 @@ def _number(value: float | None) -> str:
 
 
 _COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "known": "cyan", "passed": "green"}
-_Column = tuple[str, Callable[[Row], str]]
+_Column = Column[Row]
 _COLUMNS: tuple[_Column, ...] = (
     ("latency cold / warm (s)", _latency),
     ("peak memory load / call (MiB)", _peaks),
@@ -144,38 +142,18 @@ _LEAST_TELLING = tuple(_COLUMNS[place] for place in (2, 6, 0, 1, 3, 4, 5))
 _OF_MEMORY: dict[Callable[[Row], str], str] = {_peaks: "peak_bytes", _transfers: "h2d_bytes"}
 
 
-def _fitting(columns: list[_Column], rows: Sequence[Row], width: int) -> list[_Column]:
-    """The columns that have room, each as wide as the longest word of its title or figure; the least telling go first."""
-
-    def room(column: _Column) -> int:
-        title, shown = column
-        return max(map(len, [*title.split(), *(shown(row) for row in rows)])) + 3
-
-    kept = list(columns)
-    for _, shown in _LEAST_TELLING:
-        if sum(map(room, kept)) <= width:
-            break
-        kept = [column for column in kept if column[1] is not shown]
-    return kept
-
-
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     """The table of recipes, a row each, in ``width`` columns. Memory has columns where it is known of any, and where
     the width does not do for all columns, the verdict stays."""
-    import io
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     names = [row["recipe"] for row in rows]
     columns = [
         column for column in _COLUMNS if column[1] not in _OF_MEMORY or any(row[_OF_MEMORY[column[1]]] for row in rows)
     ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = new_table()
     names_width = min(max([len("recipe"), *(len(row["recipe"]) for row in rows)]), _NAME_WIDTH)
-    columns = _fitting(columns, rows, width - names_width - _VERDICT_WIDTH)
+    columns = fitting(columns, rows, width - names_width - _VERDICT_WIDTH, _LEAST_TELLING)
     table.add_column("recipe", overflow="fold", width=min(names_width, width // 3))
     for title, _ in columns:
         table.add_column(title, justify="right")
@@ -185,14 +163,4 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
         name = row["recipe"] if names.count(row["recipe"]) == 1 else row["source"] or row["recipe"]
         verdict = Text(verdict_text(row["statuses"]), style=_COLORS.get(worst(row["statuses"]), ""))
         table.add_row(Text(name), *(shown(row) for _, shown in columns), verdict)
-    text = io.StringIO()
-    console = Console(
-        file=text,
-        width=width,
-        no_color=not color,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        legacy_windows=False,
-    )
-    console.print(table)
-    return [line.rstrip() for line in text.getvalue().splitlines()]
+    return lines_of(table, width=width, color=color)

@@ -388,6 +388,9 @@ def test_without_a_run_to_compare_with_it_is_unverified() -> None:
     assert "OutOfMemoryError: sim out of memory" in verdict.sentence
 
 
-@pytest.mark.parametrize(("count", "shown"), [(0, "0 B"), (1536, "1.50 KiB"), (3 << 30, "3.00 GiB")])
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (300 << 20, "300.00 MiB"), (3 << 30, "3.00 GiB")],
+)
 def test_bytes_for_a_person(count: int, shown: str) -> None:
     assert human(count) == shown

@@ -23,10 +23,12 @@ ROOT = Path(pytest_diffopt.__file__).parent
 # package. "" is the package itself, whose lazy names reach everything: so no module in it imports them.
 LAYERS = (
     ("",),
-    ("plugin",),
-    ("collection", "report", "baseline", "fixtures", "forecasting"),
+    ("__main__",),
+    ("plugin", "command_line"),
+    ("collection", "report", "baseline", "fixtures"),
     ("options", "markers", "hookspec"),
     ("checks",),
+    ("forecasting",),
     ("observation",),
     ("preparation",),
     ("installation",),
@@ -183,7 +185,7 @@ def test_nothing_that_a_package_exports_has_the_name_of_one_of_its_modules(packa
     assert modules & exported == set()
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.plugin"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.plugin", f"{PACKAGE}.__main__"])
 def test_loading_it_imports_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
-from pytest_diffopt.accelerators.simulated.dry import (
+# names of torch.sim too
+from pytest_diffopt.accelerators.simulated.dry import (  # noqa: F401
     dry,
     host_memory_stats,
     is_dry,
@@ -358,6 +359,18 @@ def recorded_memory_events(device: Device = None) -> list[MemoryEvent]:
         for block, count, source, pinned, operation, mark, on, low, high in _ops.ledger_events().tolist()
         if on == index
     ]
+
+
+def replay_reserved_memory(workspaces: str = "expected", device: Device = None) -> int:
+    """The most that CUDA's caching allocator would reserve for the recorded events, in bytes, from nothing reserved.
+
+    Args:
+        workspaces: what kernels take for themselves, by their cost rules: ``"low"``, ``"expected"`` or ``"high"``.
+    """
+    known = ("low", "expected", "high")
+    if workspaces not in known:
+        raise ValueError(f"workspaces: found {workspaces!r}; it takes one of {', '.join(known)}")
+    return int(_ops.replay_reserved(_index(device), known.index(workspaces)))
 
 
 def memory_blocks(tensors: list[torch.Tensor]) -> list[int]:

@@ -1,10 +1,12 @@
 #include "ledger.h"
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 #include <string_view>
 #include <unordered_map>
 
+#include "caching.h"
 #include "memory.h"
 
 namespace sim {
@@ -13,6 +15,8 @@ thread_local const char* Running::t_operation = "";
 std::atomic<bool> g_ledger_open{false};
 
 namespace {
+
+constexpr int64_t kEmptiedCache = -1;  // stands for the device of such an event
 
 struct Ledger {
   std::mutex lock;
@@ -100,6 +104,38 @@ void note_copy(const c10::StorageImpl& to, const c10::StorageImpl& from, int dev
   const int64_t target = block_number(to);
   credit_operation({target});
   add(target, 0, block_number(from), is_pinned(from.data()), device);
+}
+
+void note_empty_cache() {
+  auto& the = ledger();
+  std::lock_guard<std::mutex> held(the.lock);
+  the.events.push_back({0, 0, 0, false, 0, the.mark, kEmptiedCache, 0, 0});
+}
+
+int64_t replay_reserved(int device, int workspaces) {
+  constexpr int64_t kRoom = std::numeric_limits<int64_t>::max();
+  CachingModel cache;
+  std::unordered_map<int64_t, Block*> taken;
+  int64_t highest = 0;
+  for (const auto& event : ledger_events()) {
+    if (event.device == kEmptiedCache) {
+      cache.empty();
+    } else if (event.device != device) {
+      continue;
+    } else if (event.low || event.high) {  // a workspace: it comes and goes
+      const int64_t bytes = workspaces == 0 ? event.low : workspaces == 1 ? event.bytes : event.high;
+      if (bytes > 0) cache.give_back(cache.take(bytes, kRoom));
+    } else if (event.bytes > 0) {
+      taken[event.block] = cache.take(event.bytes, kRoom);
+    } else if (const auto found = taken.find(event.block); event.bytes < 0 && found != taken.end()) {
+      cache.give_back(found->second);
+      taken.erase(found);
+    }
+    highest = std::max(highest, cache.reserved());
+  }
+  for (const auto& [block, held] : taken) cache.give_back(held);
+  cache.empty();
+  return highest;
 }
 
 std::vector<LedgerEvent> ledger_events() {

@@ -47,7 +47,12 @@ void note_workspace(int64_t block, int64_t low, int64_t high, int device);
 // operation that comes next, if that is given it.
 void credit_operation(const std::vector<int64_t>& blocks);
 void note_copy(const c10::StorageImpl& to, const c10::StorageImpl& from, int device);
+// The cache of every device was given back.
+void note_empty_cache();
 std::vector<LedgerEvent> ledger_events();
+// The most that CUDA's caching allocator reserves on a device for what was written down, in bytes: with kernels' workspaces
+// at the least (0), as expected (1) or at the most (2).
+int64_t replay_reserved(int device, int workspaces);
 // What LedgerEvent.operation counts through; the first is "", memory that no operation took or gave back.
 std::vector<std::string> ledger_operations();
 

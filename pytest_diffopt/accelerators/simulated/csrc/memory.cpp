@@ -111,6 +111,7 @@ void charge(Header& header, int device, int64_t bytes) {
     fits = bytes <= room();
   }
   if (!fits) {
+    if (ledger_open()) note_empty_cache();
     update_reserved(memory);
     c.out_of_memory++;
     const auto share = memory.allowed < memory.capacity ? in_units(memory.allowed) + " allowed; " : std::string();
@@ -490,6 +491,7 @@ void reset_counts(int device) {
 
 void empty_cache() {
   std::lock_guard<std::mutex> held(lock());
+  if (ledger_open()) note_empty_cache();
   for (auto& memory : memories()) {
     memory.cache.empty();
     update_reserved(memory);

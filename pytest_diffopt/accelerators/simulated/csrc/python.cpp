@@ -58,6 +58,9 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
     use_workspace(resolve_device(device), {low, expected, high});
   });
   m.def("open_ledger", [](bool open) { open_ledger(open); });
+  m.def("replay_reserved", [](int64_t device, int64_t workspaces) -> int64_t {
+    return replay_reserved(resolve_device(device), static_cast<int>(workspaces));
+  });
   m.def("mark_ledger", [](int64_t mark) { mark_ledger(mark); });
   m.def("ledger_operations", []() -> std::vector<std::string> { return ledger_operations(); });
   // A row an event, in one tensor: a list of as many numbers takes a hundred times as long to cross.

@@ -1,0 +1,57 @@
+"""Arguments that commands share, each parsed once: sizes, memory, cards, assumptions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+from pytest_diffopt.byte_sizes import SIZES_ALLOWED, parse_bytes
+from pytest_diffopt.errors import DiffoptError
+from pytest_diffopt.forecasting.cards import Card
+from pytest_diffopt.forecasting.cards import card as find_card
+
+
+def size(text: str) -> tuple[int, ...]:
+    """``"1024x1024"`` as ``(1024, 1024)``: height, width, and the frames of a video."""
+    sides = re.split("[x×]", text.strip().casefold())
+    if len(sides) not in (2, 3) or not all(re.fullmatch("[0-9]+", side) and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; write HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES for a video, in pixels: 1024x1024, 480x832x81"
+        )
+    return tuple(map(int, sides))
+
+
+def positive(text: str) -> int:
+    """``"28"`` as 28."""
+    if not re.fullmatch("[0-9]+", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; write a whole number from 1 on")
+    return int(text)
+
+
+def memory(text: str) -> int:
+    """``"16GiB"`` in bytes; a number alone is bytes."""
+    try:
+        return parse_bytes(int(text) if re.fullmatch("[0-9]+", text) else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; {SIZES_ALLOWED}") from None
+
+
+def card(text: str) -> Card:
+    """``"rtx-4090"`` as the card of that name."""
+    try:
+        return find_card(text)
+    except DiffoptError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def assumption(text: str) -> tuple[str, object]:
+    """``"key=value"``; true, false, null and numbers are what they are in JSON, everything else is text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise argparse.ArgumentTypeError(f"found {text!r}; write KEY=VALUE")
+    try:
+        held = json.loads(value)
+    except ValueError:
+        held = value.strip()
+    return key.strip(), held

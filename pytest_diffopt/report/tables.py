@@ -1,0 +1,75 @@
+"""Tables in a terminal: which columns have room, and a table of rich as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG_WIDTH = 160
+"""Columns of a table that goes to no terminal: a log does not wrap, and a file's reader scrolls."""
+
+GAP = 3
+"""Columns between two columns of a table."""
+
+_Row = TypeVar("_Row")
+Column = tuple[str, Callable[[_Row], str]]
+"""A column's title, and its figure of a row."""
+
+
+def fitting(
+    columns: Sequence[Column[_Row]], rows: Sequence[_Row], width: int, least_telling: Iterable[Column[_Row]]
+) -> list[Column[_Row]]:
+    """The columns that have room, each as wide as the longest word of its title or figure; the least telling go first."""
+    kept = list(columns)
+    for _, shown in least_telling:
+        if sum(room(column, rows) for column in kept) <= width:
+            break
+        kept = [column for column in kept if column[1] is not shown]
+    return kept
+
+
+def room(column: Column[_Row], rows: Sequence[_Row]) -> int:
+    """How much of the width a column takes."""
+    title, shown = column
+    return max(map(len, [*title.split(), *(shown(row) for row in rows)])) + GAP
+
+
+def widths(needs: Sequence[int], wishes: Sequence[int], width: int) -> list[int]:
+    """What columns of one table get: what they need, and from the left what they wish as far as there is room."""
+    found = list(needs)
+    spare = width - sum(needs) - GAP * (len(needs) - 1)
+    for place, wish in enumerate(wishes):
+        more = wish - found[place]
+        if 0 < more <= spare:
+            found[place], spare = wish, spare - more
+    return found
+
+
+def new_table(*, titles: bool = True) -> Table:
+    """A table with a line under its titles, or without both."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=titles)
+
+
+def lines_of(table: Table, *, width: int, color: bool) -> list[str]:
+    """The table in at most ``width`` columns, a string a line; escape sequences are in them only with ``color``."""
+    import io
+
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        width=width,
+        no_color=not color,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
+    )
+    console.print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
