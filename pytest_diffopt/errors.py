@@ -58,6 +58,10 @@ class ReplicaError(DiffoptError):
     """A replica is unknown, or a hub id resolves to nothing local."""
 
 
+class ForecastError(DiffoptError):
+    """A recipe could not be forecast: what its full-size model needs is not known, or its own code stopped."""
+
+
 class UnsupportedTorchError(DiffoptError):
     """The installed torch lacks a private name that the compile watch needs."""
 

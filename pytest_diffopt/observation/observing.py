@@ -95,13 +95,13 @@ def observe(
     if isinstance(accelerator, str):
         accelerator = select(accelerator)
     accelerator = accelerator or select()
-    with _quietly():
-        _import_libraries()
+    with quietly():
+        import_libraries()
     run = _Run(recipe, accelerator, allow_hub, compile_backend, progress)
     run.force_eager = force_eager
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
-    with state.borrowed_state(), accelerator.known_to_libraries(), _quietly() as caught:
+    with state.borrowed_state(), accelerator.known_to_libraries(), quietly() as caught:
         run.everything()
         if precise and run.failure is None:
             run.in_higher_precision()
@@ -110,7 +110,7 @@ def observe(
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[list[warnings.WarningMessage]]:
+def quietly() -> Iterator[list[warnings.WarningMessage]]:
     """Libraries' log lines are held back, and their warnings are written down instead of shown or, by -W, raised."""
     levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
     # Whoever collects every log line makes torch render every graph for it; its own trace files stay as they were asked
@@ -142,7 +142,7 @@ _IMPORTED_FIRST = (
 )
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
     for name in _IMPORTED_FIRST:
         with contextlib.suppress(ImportError):

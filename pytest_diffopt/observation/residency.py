@@ -39,24 +39,35 @@ class Mark:
         phase: its name; ``""`` between phases.
         component: that runs, or ``""``.
         weights: block → component whose weight it is, as found at the mark.
+        module: that runs, by its path in the component; ``""`` where nobody said so.
     """
 
     phase: str
     component: str
     weights: Mapping[int, str]
+    module: str = ""
 
 
 class ResidencyLedger:
-    """Watches who takes the accelerator's memory; on a device that does not tell, everything here does nothing."""
+    """Watches who takes the accelerator's memory; on a device that does not tell, everything here does nothing.
+
+    Attributes:
+        record: what was found, once it is closed; None on a device that does not tell.
+        events, marks: what that was made of.
+        paths: block → the parameter that was found in it last, by its path in its component.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.record: Residency | None = None
+        self.events: list[AllocationEvent] = []
+        self.marks: list[Mark] = []
+        self.paths: dict[int, str] = {}
         self._open = False
         self._before = 0
-        self._marks: list[Mark] = []
         self._phase = ""
         self._running: list[str] = []
+        self._modules: list[str] = []
         self._components: dict[str, torch.nn.Module] = {}
 
     def open(self, before_bytes: int) -> None:
@@ -81,13 +92,14 @@ class ResidencyLedger:
             return
         owners, tensors = [], []
         for name in components or self._components:
-            for tensor in weights_of(self._components[name]):
-                owners.append(name)
+            for path, tensor in weights_of(self._components[name]) if name in self._components else ():
+                owners.append((name, path))
                 tensors.append(tensor)
         found: dict[int, str] = {}
-        for block, name in zip(self.accelerator.blocks(tensors), owners, strict=True):
+        for block, (name, path) in zip(self.accelerator.blocks(tensors), owners, strict=True):
             if block:
                 found.setdefault(block, name)  # of two components that share one, the first
+                self.paths[block] = path
         self._mark(found)
 
     @contextmanager
@@ -111,26 +123,40 @@ class ResidencyLedger:
             del self._running[len(self._running) - 1 - self._running[::-1].index(component) :]
             self.look(component)
 
+    def module_entered(self, path: str) -> None:
+        """A module inside the running component begins."""
+        if self._open:
+            self._modules.append(path)
+            self._mark()
+
+    def module_left(self) -> None:
+        """The module that began last has ended."""
+        if self._open and self._modules:
+            self._modules.pop()
+            self._mark()
+
     def close(self) -> None:
         """Write no more down; :attr:`record` holds what was."""
         if not self._open:
             return
         self._open = False
-        events = self.accelerator.allocation_events()
+        self.events = self.accelerator.allocation_events()
         self.accelerator.stop_allocation_events()
-        self.record = attribute(events, self._marks, self._before)
+        self.record = attribute(self.events, self.marks, self._before)
         self._components = {}
 
     def _mark(self, weights: Mapping[int, str] | None = None) -> None:
         if self._open:
-            self.accelerator.mark_allocation_events(len(self._marks))
-            self._marks.append(Mark(self._phase, self._running[-1] if self._running else "", weights or {}))
+            self.accelerator.mark_allocation_events(len(self.marks))
+            component = self._running[-1] if self._running else ""
+            self.marks.append(Mark(self._phase, component, weights or {}, self._modules[-1] if self._modules else ""))
 
 
-def weights_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Every tensor that a module's weights are made of, on any device, and those that offloading keeps for it."""
-    for _, tensor in weight_tensors(module):
-        yield from _parts(tensor)
+def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that a module's weights are made of, by name, on any device, and those that offloading keeps for it."""
+    for name, tensor in weight_tensors(module):
+        for part in _parts(tensor):
+            yield name, part
     stores: dict[int, Mapping[str, Any]] = {}
     for inner in module.modules():
         hook = getattr(inner, "_hf_hook", None)
@@ -142,8 +168,9 @@ def weights_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
             if isinstance(store, Mapping):
                 stores[id(store)] = store
     for store in stores.values():
-        for tensor in store.values():
-            yield from _parts(tensor)
+        for name, tensor in store.items():
+            for part in _parts(tensor):
+                yield name, part
 
 
 def _parts(tensor: Any) -> Iterator[torch.Tensor]:
@@ -168,7 +195,7 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
         events: of the device, in order. marks: by the numbers that the events name.
         before_bytes: live when the first event happened.
     """
-    owner_of = _owners(events, marks)
+    owner_of = owners_of(events, marks)
     moves = [(at, event) for at, event in enumerate(events) if event.bytes]  # a position: so many of them are done
     totals = list(itertools.accumulate((event.bytes for _, event in moves), initial=before_bytes))
     spans = _spans([event for _, event in moves], marks)
@@ -243,7 +270,7 @@ def _by_component(columns: Mapping[Owner, int], most: Mapping[int, int], kind: s
 _ORDER = ("weights", "working", "other", "before")
 
 
-def _owners(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> dict[int, Owner]:
+def owners_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> dict[int, Owner]:
     """Index of the event that took a block → who owns the block."""
     owners: dict[int, Owner] = {}
     live: dict[int, int] = {}

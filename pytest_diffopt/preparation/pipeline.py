@@ -163,8 +163,12 @@ def prepare(
     allow_hub: bool = False,
     backend: str | None = None,
     fullgraph: bool | None = None,
+    on_loaded: Callable[[Prepared], None] | None = None,
 ) -> Prepared:
     """Make a live pipeline out of a recipe; see :class:`Prepared`.
+
+    Args:
+        on_loaded: told once it is built or loaded, before anything is placed.
 
     Raises:
         PreparationError: with the cause, where a part of the recipe cannot be done.
@@ -177,6 +181,8 @@ def prepare(
         prepared.kept_float32[name] = quantization.kept_float32(module)
         module.eval()
     prepared.compiled_before = compilation.compiled_ids(prepared.components)
+    if on_loaded is not None:
+        on_loaded(prepared)
     if recipe.order[0] != "quantization":
         _place(prepared)
     for part in recipe.order:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,11 @@ _FORMAT_DTYPES = {
 
 
 def write_checkpoint(
-    description: Description, directory: Path | str, *, max_shard_bytes: int | Mapping[str, int] | None = None
+    description: Description,
+    directory: Path | str,
+    *,
+    max_shard_bytes: int | Mapping[str, int] | None = None,
+    on_built: Callable[[str, torch.nn.Module], object] | None = None,
 ) -> Path:
     """Write ``description`` as a directory that ``DiffusionPipeline.from_pretrained`` loads; returns the directory.
 
@@ -53,6 +57,7 @@ def write_checkpoint(
         max_shard_bytes: None for one file a component; else the most bytes of weights in one file, alike for all or by
             library: :data:`PUBLISHED_SHARD_BYTES` cuts as the public repositories are cut. A weight that is larger has a
             file of its own.
+        on_built: told each component that is a module, by name, on the meta device.
 
     Raises:
         ReplicaError: the directory is not empty or cannot be written, ``max_shard_bytes`` is not positive, or a component
@@ -72,6 +77,8 @@ def write_checkpoint(
         modules = build_on_meta(description)
         write_configs(description, directory)
         for name, module in modules.items():
+            if on_built is not None:
+                on_built(name, module)
             component = description.components[name]
             _write_weights(directory / name, component, module, limits.get(component.library))
     except OSError as error:

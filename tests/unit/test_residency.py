@@ -163,7 +163,7 @@ def test_weights_are_found_wherever_the_libraries_keep_them() -> None:
     layer.register_buffer("table", torch.zeros(7))
     layer.register_parameter("gone", nn.Parameter(torch.zeros(8, device="meta")))
     layer._hf_hook = _Held(hooks=[_Held(weights_map=_Held(dataset={"gone": away}))])  # type: ignore[assignment]
-    found = [tensor.numel() for tensor in weights_of(nn.Sequential(layer, nn.LazyLinear(3)))]
+    found = [tensor.numel() for _, tensor in weights_of(nn.Sequential(layer, nn.LazyLinear(3)))]
     assert sorted(found) == [3, 5, 6, 7, 10]
 
 

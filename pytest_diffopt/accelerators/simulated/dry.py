@@ -181,6 +181,8 @@ class _Standing:
         if key not in self._defined:
             self._defined[key] = self._define(rule.kind, rule.name, rules)
             _ops.forget_rules()
+            if rule.kind == "kernel":
+                _ops.intercept(*_parts(rule.name))
 
     def remove(self, rule: Rule) -> None:
         key = (rule.kind, rule.name)
@@ -190,6 +192,8 @@ class _Standing:
         rules.remove(rule)
         if not rules:
             _ops.forget_rules()
+            if rule.kind == "kernel":
+                _ops.stop_intercepting(*_parts(rule.name))
             self._defined.pop(key)._destroy()
             del self._rules[key]
 
@@ -197,7 +201,7 @@ class _Standing:
     def _define(kind: Kind, name: str, rules: Sequence[Rule]) -> Any:
         text = str(_schema(name))
         operator, rest = text.split("(", 1)
-        base, _, overload = operator.partition(".")
+        base, overload = _parts(operator)
         mangled = f"{kind}__{base.replace('::', '__')}" + (f".{overload}" if overload else "")
         if kind == "cost":
             arguments = re.sub(r"\((?:[a-z*]+!?|[a-z*]+ ?->[^)]*)\)", "", rest.rsplit(") -> ", 1)[0])
@@ -233,9 +237,15 @@ def _add(kind: Kind, name: str, function: Function, *, last: bool = False) -> Ru
     return rule
 
 
+def _parts(name: str) -> tuple[str, str]:
+    """The operator without its overload, and that."""
+    base, _, overload = name.partition(".")
+    return base, overload
+
+
 def _schema(name: str) -> Any:
     """The schema of an operator. Raises ValueError where there is none, with what there is."""
-    base, _, overload = name.partition(".")
+    base, overload = _parts(name)
     known = torch._C._jit_get_schemas_for_operator(base) if "::" in base else []
     for schema in known:
         if schema.overload_name == overload:

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <utility>
 
+#include "aliasing.h"
+#include "ledger.h"
 #include "memory.h"
 
 namespace sim {
@@ -29,16 +31,34 @@ struct Shared {
   std::mutex lock;
   std::map<Key, std::optional<c10::OperatorHandle>, Before> rules;  // those that were looked for, found or not
   std::vector<std::string> guesses;
+  std::map<std::pair<std::string, std::string>, c10::RegistrationHandleRAII> intercepted;
 };
 Shared& shared() {
   static auto* the = new Shared();  // never destroyed: tensors outlive static destructors
   return *the;
 }
 
+std::vector<int64_t> blocks_from(const torch::jit::Stack& stack, size_t first) {
+  std::vector<int64_t> blocks;
+  for (size_t i = first; i < stack.size(); i++)
+    each_tensor(stack[i], [&](const at::Tensor& tensor) {
+      if (on_sim(tensor)) blocks.push_back(block_number(*tensor.storage().unsafeGetStorageImpl()));
+    });
+  return blocks;
+}
+
 std::string rule_name(Rule rule, const std::string& name) {
   std::string mangled = name;
   if (const auto at = mangled.find("::"); at != std::string::npos) mangled.replace(at, 2, "__");
   return std::string("pytest_diffopt_dry::") + (rule == Rule::Kernel ? "kernel__" : "cost__") + mangled;
+}
+
+// The composite kernel is that of every device of a third party that has no kernel of its own.
+void rule_or_composite(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  if (dry() && any_hollow(*stack, first))
+    if (const auto rule = find_rule(Rule::Kernel, op.operator_name())) return run_rule(*rule, op, stack, first);
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), stack);
 }
 
 }  // namespace
@@ -65,6 +85,48 @@ void refuse_hollow(const char* operation) {
   TORCH_CHECK(
       false, "A tensor of the simulated device was made while it was dry and has no data; the device is not dry any more "
              "(when running ", operation, ").");
+}
+
+bool any_hollow(const torch::jit::Stack& stack, size_t first) {
+  bool found = false;
+  for (size_t i = first; i < stack.size() && !found; i++)
+    each_tensor(stack[i], [&](const at::Tensor& tensor) { found = found || hollow(tensor); });
+  return found;
+}
+
+void run_rule(const c10::OperatorHandle& rule, const c10::OperatorHandle& op, torch::jit::Stack* stack, size_t first) {
+  const Running running(op.operator_name().name.c_str());
+  for (size_t i = first; i < stack->size(); i++) {
+    if (!(*stack)[i].isTensor() || !on_sim((*stack)[i].toTensor())) continue;
+    count_kernel((*stack)[i].toTensor().device().index());
+    break;
+  }
+  if (ledger_open()) credit_operation(blocks_from(*stack, first));
+  KernelScope kernel;
+  rule.callBoxed(stack);
+  if (ledger_open()) credit_operation(blocks_from(*stack, stack->size() - op.schema().returns().size()));
+}
+
+void intercept(const std::string& name, const std::string& overload) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1) || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse3))
+    return;
+  auto handle = c10::Dispatcher::singleton().registerImpl(
+      op.operator_name(), c10::DispatchKey::PrivateUse1,
+      c10::KernelFunction::makeFromBoxedFunction<&rule_or_composite>(), std::nullopt, nullptr,
+      "a rule of the dry simulated device");
+  std::lock_guard<std::mutex> held(shared().lock);
+  shared().intercepted.insert_or_assign({name, overload}, std::move(handle));
+}
+
+void stop_intercepting(const std::string& name, const std::string& overload) {
+  std::optional<c10::RegistrationHandleRAII> gone;
+  std::lock_guard<std::mutex> held(shared().lock);
+  auto& all = shared().intercepted;
+  if (const auto found = all.find({name, overload}); found != all.end()) {
+    gone.emplace(std::move(found->second));
+    all.erase(found);
+  }
 }
 
 void forget_rules() {

@@ -69,25 +69,6 @@ class DrawsOf {
   at::Tensor kept_;
 };
 
-template <class Visit>
-void each_tensor(const c10::IValue& value, Visit visit) {
-  if (value.isTensor()) {
-    visit(value.toTensor());
-  } else if (value.isTensorList()) {
-    for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
-  } else if (value.isOptionalTensorList()) {
-    for (const auto& tensor : value.toOptionalTensorVector())
-      if (tensor.has_value()) visit(*tensor);
-  }
-}
-
-bool any_hollow(const torch::jit::Stack& stack, size_t first) {
-  bool found = false;
-  for (size_t i = first; i < stack.size() && !found; i++)
-    each_tensor(stack[i], [&](const at::Tensor& tensor) { found = found || hollow(tensor); });
-  return found;
-}
-
 // Advanced indexing by a mask takes as many rows as the mask has ones: where nobody knows how many, it takes all.
 void take_every_row(const c10::OperatorHandle& op, c10::IValue& indices) {
   c10::List<std::optional<at::Tensor>> taken;
@@ -170,28 +151,6 @@ void run_meta_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       known, "On the dry device ", toString(op.operator_name()),
       " has neither a meta kernel nor a rule, so nobody knows what it returns. torch.sim.register_dry_kernel gives it one.");
-}
-
-std::vector<int64_t> blocks_from(const torch::jit::Stack& stack, size_t first) {
-  std::vector<int64_t> blocks;
-  for (size_t i = first; i < stack.size(); i++)
-    each_tensor(stack[i], [&](const at::Tensor& tensor) {
-      if (on_sim(tensor)) blocks.push_back(block_number(*tensor.storage().unsafeGetStorageImpl()));
-    });
-  return blocks;
-}
-
-// A rule allocates with aten::empty on the device: that is the doing of the operation that it stands for.
-void run_rule(const c10::OperatorHandle& rule, const c10::OperatorHandle& op, torch::jit::Stack* stack, size_t first) {
-  for (size_t i = first; i < stack->size(); i++) {
-    if (!(*stack)[i].isTensor() || !on_sim((*stack)[i].toTensor())) continue;
-    count_kernel((*stack)[i].toTensor().device().index());
-    break;
-  }
-  if (ledger_open()) credit_operation(blocks_from(*stack, first));
-  KernelScope kernel;
-  rule.callBoxed(stack);
-  if (ledger_open()) credit_operation(blocks_from(*stack, stack->size() - op.schema().returns().size()));
 }
 
 }  // namespace

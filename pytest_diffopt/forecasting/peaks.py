@@ -1,0 +1,147 @@
+"""Peaks out of what happened to memory: pure functions of the ledger's events and marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from pytest_diffopt.forecasting.record import Estimate, LiveTensors, Phase, PhaseForecast
+from pytest_diffopt.observation.residency import owners_of
+
+if TYPE_CHECKING:
+    from pytest_diffopt.accelerators.allocation_events import AllocationEvent
+    from pytest_diffopt.observation.residency import Mark
+
+LOAD, PLACE, CALL = "loading", "placing", "call "
+"""Names of phases in a ledger's marks; a call's ends with its number, from 0."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the events say.
+
+    Attributes:
+        phases: a peak for each component in each phase, in the order in which they first were.
+        at: index of the event that made the highest peak as expected; -1 where nothing was allocated.
+        floor_bytes: the highest peak with no workspace of kernels.
+    """
+
+    phases: tuple[PhaseForecast, ...]
+    at: int
+    floor_bytes: int
+
+    @property
+    def total(self) -> Estimate:
+        """The peak over everything."""
+        peaks = [one.peak for one in self.phases] or [Estimate(0, 0, 0)]
+        return Estimate(
+            max(peak.low for peak in peaks), max(peak.expected for peak in peaks), max(peak.high for peak in peaks)
+        )
+
+    @property
+    def highest(self) -> PhaseForecast | None:
+        """The phase and component of the peak as expected."""
+        return max(self.phases, key=lambda one: one.peak.expected, default=None)
+
+
+def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
+    """The peaks of each phase, component by component; everything that is live counts, whoever holds it."""
+    live = floor = highest = 0  # without workspaces, which come and go within an event
+    at = -1
+    workspaces: set[int] = set()
+    found: dict[tuple[Phase, str, int], list[int]] = {}
+    operations: dict[tuple[Phase, str, int], str] = {}
+    for index, event in enumerate(events):
+        if event.bytes < 0 and event.block in workspaces:
+            workspaces.discard(event.block)
+            continue
+        if event.low or event.high:
+            now = [live + event.low, live + event.bytes, live + event.high]
+            workspaces.add(event.block)
+        else:
+            # what is given back was there when it was
+            now = [live + max(event.bytes, 0)] * 3
+            live += event.bytes
+            floor = max(floor, live)
+        if now[1] > highest:
+            highest, at = now[1], index
+        key = _phase_of(marks[event.mark])
+        if key is None:
+            continue
+        peak = found.setdefault(key, [0, -1, 0])
+        if now[1] > peak[1]:
+            operations[key] = event.operation if event.bytes > 0 else ""
+        peak[:] = map(max, peak, now)
+    phases = tuple(
+        PhaseForecast(phase, component, Estimate(*peak), call, operations.get((phase, component, call), ""))
+        for (phase, component, call), peak in found.items()
+    )
+    return Peaks(phases, at, floor)
+
+
+def live_at(
+    events: Sequence[AllocationEvent], marks: Sequence[Mark], at: int, paths: Mapping[int, str]
+) -> tuple[LiveTensors, ...]:
+    """What is alive right after event ``at``, by module, the largest first.
+
+    Args:
+        paths: block → the parameter that lies in it, by its path in its component.
+    """
+    owners = owners_of(events, marks)
+    born: dict[int, int] = {}
+    for index, event in enumerate(events[: at + 1]):
+        if event.bytes > 0:
+            born[event.block] = index
+        elif event.bytes < 0:
+            born.pop(event.block, None)
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for block, index in born.items():
+        event, owner, mark = events[index], owners[index], marks[events[index].mark]
+        kind = "workspace" if event.low or event.high else "weights" if owner.kind == "weights" else "working"
+        if kind == "weights":
+            path = paths[block].rpartition(".")[0] if block in paths else mark.module
+            key = (owner.component, stars(path), kind, "")
+        else:
+            key = (owner.component, stars(mark.module), kind, event.operation)
+        group = groups.setdefault(key, [0, 0])
+        group[0] += event.bytes
+        group[1] += 1
+    alive = [
+        LiveTensors(
+            component, module, cast("Literal['weights', 'working', 'workspace']", kind), operation, held, count
+        )
+        for (component, module, kind, operation), (held, count) in groups.items()
+    ]
+    return tuple(sorted(alive, key=lambda one: (-one.bytes, one.component, one.module, one.operation)))
+
+
+def read_by_the_host(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> tuple[tuple[str, int], ...]:
+    """(component that made it, bytes of its block) of what calls copied to the host and is no weight, each once."""
+    owners = owners_of(events, marks)
+    found: dict[tuple[str, int], None] = {}
+    births = {event.block: index for index, event in enumerate(events) if event.bytes > 0}
+    for event in events:
+        is_copy = not (event.bytes or event.low or event.high)
+        if not is_copy or event.source not in births or event.block in births:
+            continue
+        index = births[event.source]
+        if owners[index].kind != "weights" and marks[event.mark].phase.startswith(CALL):
+            found[(marks[events[index].mark].component, events[index].bytes)] = None
+    return tuple(found)
+
+
+def stars(path: str) -> str:
+    """``"blocks.3.attn.0.proj"`` → ``"blocks.*.attn.*.proj"``: repeated blocks are one."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", path)
+
+
+def _phase_of(mark: Mark) -> tuple[Phase, str, int] | None:
+    if mark.phase == LOAD:
+        return "load", mark.component, 0
+    if mark.phase == PLACE:
+        return "place", mark.component, 0
+    if mark.phase.startswith(CALL):
+        return "call", mark.component, int(mark.phase.removeprefix(CALL))
+    return None

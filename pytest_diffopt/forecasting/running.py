@@ -1,0 +1,496 @@
+"""``forecast``: runs a recipe with a full-size model, with no weights, on the simulated device, dry.
+
+It is the recipe's own way: the libraries load a checkpoint (of holes), quantize, place, put hooks on and call, as in an
+observation. Only, nothing is computed but what is small, and each byte is written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.errors import DiffoptError, ForecastError, ReplicaError
+from pytest_diffopt.forecasting import loading
+from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
+from pytest_diffopt.forecasting.cards import card
+from pytest_diffopt.forecasting.costs import costs_on
+from pytest_diffopt.forecasting.cuda_kernels import KERNELS
+from pytest_diffopt.forecasting.generations import GENERATIONS, Generation, generation
+from pytest_diffopt.forecasting.peaks import CALL, LOAD, PLACE, Peaks, live_at, peaks_of, read_by_the_host
+from pytest_diffopt.forecasting.record import Estimate, Forecast
+from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
+from pytest_diffopt.observation.outputs import OutputRecorder
+from pytest_diffopt.observation.probes import recording
+from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
+from pytest_diffopt.preparation.borrowed_state import borrowed_state
+from pytest_diffopt.preparation.pipeline import Prepared, prepare
+from pytest_diffopt.replicas.catalogue import registry
+from pytest_diffopt.replicas.checkpoint import PUBLISHED_SHARD_BYTES, write_checkpoint
+from pytest_diffopt.replicas.description import Description, kind, parameter_count
+from pytest_diffopt.replicas.resolution import resolve_full_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_diffopt.recipe import Recipe
+
+DEFAULT_GENERATION = "ada"
+"""Whose kernels are assumed where no GPU is named."""
+
+LEAST_STEPS = 3
+"""Schedulers of the second order hold what they held at most from the third step on."""
+
+CONTROL_BYTES = 64 * 1024
+"""What the host reads of at most so many bytes may decide what it does next."""
+
+_ROOM_BYTES = 2**50
+_T5 = ("T5EncoderModel", "UMT5EncoderModel")
+
+
+def forecast(
+    recipe: Recipe,
+    model: str | None = None,
+    *,
+    sizes: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    steps: int | None = None,
+    gpu: str | None = None,
+    assume: Mapping[str, object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Forecast:
+    """What a recipe takes with a full-size model: peaks, what makes them, and how sure they are. No GPU, no weights.
+
+    Every global is as before when it returns or raises, and nothing is left on the simulated device.
+
+    Args:
+        recipe: its parts are used as they are; of its calls the prompts, the steps and ``kwargs``, not the sizes, which
+            are a replica's.
+        model: a full-size model's name (``"flux.1-dev"``), its hub id, or a directory of config files; by default the one
+            that the recipe's own pipeline names.
+        sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels, or several, one a call; by default the
+            model's own.
+        steps: denoising steps a call; by default the recipe's, and at least :data:`LEAST_STEPS`.
+        gpu: a card's name (:mod:`.cards`), whose generation's kernels are assumed; else those of
+            :data:`DEFAULT_GENERATION`.
+        assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
+        kwargs: further keyword arguments of the calls, over the recipe's.
+        progress: told in a few words what is done.
+
+    Raises:
+        ReplicaError: the model is unknown, or not given where the recipe names none.
+        ForecastError: the recipe does not suit the model, or its run stopped; the sentence says where.
+        DiffoptError: a card or an assumption is unknown.
+        UnverifiableError: the simulated device cannot be built on this machine.
+    """
+    from pytest_diffopt.recipe import Recipe
+
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"forecast: found {type(recipe).__name__}; it takes a Recipe")
+    begun = time.perf_counter()
+    assumptions = assumed(assume)
+    on = generation(card(gpu).generation if gpu is not None else DEFAULT_GENERATION)
+    description = _described(recipe, model)
+    full = _full_size_recipe(recipe, description, sizes, steps, kwargs or {})
+    say = progress or (lambda words: None)
+    with quietly():
+        import_libraries()
+    run = _Run(full, description, assumptions, on, say)
+    with borrowed_state(reset_compiler=False), quietly():
+        run.everything()
+    return run.forecast(recipe, time.perf_counter() - begun, gpu)
+
+
+def _described(recipe: Recipe, model: str | None) -> Description:
+    """The full-size model, which the recipe suits."""
+    named = recipe.pipeline if isinstance(recipe.pipeline, str) else None
+    family = registry.find(named) if named is not None else None
+    if model is None:
+        if named is None or ":" in named:
+            raise ReplicaError(f"{recipe.name}: its pipeline is made by a factory, so a full-size model must be named.")
+        if family is not None and registry.find_full_size(named) is None:
+            known = ", ".join(one.name for one in family.full_sizes) or "none that is known"
+            raise ReplicaError(
+                f"{recipe.name}: {named} is a replica; name the full-size model that it stands for: {known}."
+            )
+        model = named
+    description = resolve_full_size(model)
+    if family is not None and family.pipeline_class != description.pipeline_class:
+        raise ForecastError(
+            f"{recipe.name}: its pipeline {named} is a {family.pipeline_class}, "
+            f"and {description.name} a {description.pipeline_class}."
+        )
+    modules = [name for name, component in description.components.items() if kind(component) == "module"]
+    parts: list[tuple[str, Sequence[str]]] = [("compilation", [one.component for one in recipe.compilation])]
+    if recipe.quantization is not None:
+        parts.append(("quantization", recipe.quantization.components or ()))
+    if recipe.offloading is not None:
+        parts.append(("offloading", recipe.offloading.components or ()))
+    for part, names in parts:
+        for name in names:
+            if name not in modules:
+                raise ForecastError(
+                    f"{recipe.name}: {part} names {name!r}, which {description.name} does not have; "
+                    f"it has {', '.join(modules)}."
+                )
+    return description
+
+
+def _full_size_recipe(
+    recipe: Recipe,
+    description: Description,
+    sizes: Sequence[int] | Sequence[Sequence[int]] | None,
+    steps: int | None,
+    kwargs: Mapping[str, object],
+) -> Recipe:
+    """The recipe as it is run: not compiled, and with full-size calls."""
+    wanted: Any = sizes if sizes is not None else description.default_size
+    count = 1
+    if sizes is not None and len(sizes) and not isinstance(sizes[0], int):
+        count = len(sizes)
+    call = dataclasses.replace(
+        recipe.call,
+        sizes=wanted,
+        calls=count,
+        num_inference_steps=steps if steps is not None else max(LEAST_STEPS, recipe.call.num_inference_steps),
+        kwargs={**recipe.call.kwargs, **kwargs},
+        inputs=None,
+    )
+    order = tuple(part for part in recipe.order if part != "compilation")
+    return recipe.replace(pipeline=description.name, compilation=(), dynamo={}, call=call).replace(
+        order=(*order, "compilation")
+    )
+
+
+class _KeepsNothing(OutputRecorder):
+    """What components return is not looked at: it is not known."""
+
+    def record(self, component: str, value: Any, *, hold: bool = False) -> None:
+        pass
+
+
+class _Run:
+    """One dry run, and what it wrote down."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        description: Description,
+        assumptions: Assumptions,
+        on: Generation,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
+        self.accelerator: Accelerator = select("sim")
+        self.ledger = ResidencyLedger(self.accelerator)
+        self.phase = "loading"
+        self.guesses: tuple[str, ...] = ()
+        self.parameters: dict[str, int] = {}
+        self.weights_bytes: dict[str, int] = {}
+        self.host_bytes = self.pinned_bytes = self.h2d_bytes = self.d2h_bytes = 0
+        self.reserved = Estimate(0, 0, 0)
+        self._names: dict[int, tuple[str, str]] = {}
+        self._running: list[str] = []
+        self._workspace: torch.Tensor | None = None
+
+    @property
+    def sim(self) -> Any:
+        import torch
+
+        return torch.sim  # type: ignore[attr-defined]
+
+    def everything(self) -> None:
+        """Load, place, call. Raises ForecastError where the recipe's own code stops."""
+        with tempfile.TemporaryDirectory(prefix="diffopt-") as folder:
+            self.say(f"describing {self.description.name}")
+            checkpoint = write_checkpoint(
+                self.description,
+                Path(folder) / "checkpoint",
+                max_shard_bytes=PUBLISHED_SHARD_BYTES,
+                on_built=self._count_parameters,
+            )
+            recipe = self.recipe.replace(pipeline=str(checkpoint))
+            with self._settings(), self.accelerator.known_to_libraries(), self._frozen(), self._dry() as dry:
+                try:
+                    self._prepare_and_call(recipe)
+                except DiffoptError:
+                    raise
+                except Exception as error:
+                    raise ForecastError(self._stopped(error)) from error
+                finally:
+                    self.guesses = dry.guesses
+                    self._workspace = None
+            gc.collect()
+            self.accelerator.empty_cache()
+
+    def _prepare_and_call(self, recipe: Recipe) -> None:
+        self.ledger.open(0)
+        try:
+            quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
+            with (
+                self.assumptions.in_force(text_encoder_is_quantized=quantized),
+                loading.in_order(self._loads, self.ledger.left),
+            ):
+                prepared = prepare(recipe, self.accelerator, on_loaded=self._loaded)
+            try:
+                self.ledger.look()
+                self._note_host(prepared)
+                self._call(prepared)
+            finally:
+                prepared.release()
+        finally:
+            for at in ("low", "expected", "high"):
+                self.reserved = _with(self.reserved, at, self.sim.replay_reserved_memory(at))
+            self.ledger.close()
+
+    def _loads(self, component: str) -> None:
+        self.phase = f"loading {component}"
+        self.say(self.phase)
+        self.ledger.entered(component)
+
+    def _loaded(self, prepared: Prepared) -> None:
+        self._note_host(prepared)
+        self.ledger.knows(prepared.components)
+        self.ledger.look()
+        prepared.default_size = self.description.default_size
+        for name, module in prepared.components.items():
+            self.weights_bytes[name] = sum(
+                {id(tensor): tensor.nbytes for _, tensor in weights_of(module)}.values()
+            )
+        self.phase = "placing"
+        self.say(self.phase)
+        self.ledger.phase(PLACE)
+
+    def _call(self, prepared: Prepared) -> None:
+        import torch
+
+        self._names = prepared.module_names()
+        self.ledger.phase("")
+        with self._modules(), recording(prepared, _KeepsNothing(), self.ledger):
+            for call in range(self.recipe.call.count):
+                self.phase = "the call" if self.recipe.call.count == 1 else f"call {call}"
+                self.ledger.phase(f"{CALL}{call}")
+                if self.assumptions.cublas_workspace and self._workspace is None:
+                    size = self.on.cublas_workspace_bytes
+                    self._workspace = torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
+                before = self.accelerator.transferred_bytes() or {}
+                prepared.run(prepared.arguments(call))
+                after = self.accelerator.transferred_bytes() or {}
+                self.h2d_bytes, self.d2h_bytes = (after[way] - before[way] for way in ("h2d", "d2h"))
+                self.ledger.look()
+                self._note_host(prepared)
+        self.ledger.phase("")
+
+    @contextlib.contextmanager
+    def _modules(self) -> Iterator[None]:
+        """The ledger is told which module runs, and the progress which component."""
+        from torch.nn.modules import module as hooks
+
+        said = ""
+
+        def begins(module: torch.nn.Module, _args: Any) -> None:
+            nonlocal said
+            component, path = self._names.get(id(module), ("", ""))
+            if component and not path:
+                self._running.append(component)
+                if component != said:
+                    said = component
+                    self.say(f"{self.phase}: {component}")
+            self.ledger.module_entered(path)
+
+        def ends(module: torch.nn.Module, _args: Any, _result: Any) -> None:
+            component, path = self._names.get(id(module), ("", ""))
+            if component and not path and self._running:
+                self._running.pop()
+            self.ledger.module_left()
+
+        first = hooks.register_module_forward_pre_hook(begins)
+        last = hooks.register_module_forward_hook(ends, always_call=True)
+        try:
+            yield
+        finally:
+            first.remove()
+            last.remove()
+
+    def _note_host(self, prepared: Prepared) -> None:
+        """The highest on the host so far: what torch's allocators held, and weights that lie in mapped files now."""
+        tensors = [
+            tensor
+            for module in prepared.components.values()
+            for _, tensor in weights_of(module)
+            if tensor.device.type == "cpu"
+        ]
+        blocks = self.accelerator.blocks(tensors)
+        mapped = {
+            tensor.data_ptr(): tensor.nbytes for tensor, block in zip(tensors, blocks, strict=True) if block < 0
+        }
+        stats = self.sim.host_memory_stats()
+        self.sim.reset_peak_host_memory_stats()
+        self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + sum(mapped.values()))
+        self.pinned_bytes = max(self.pinned_bytes, stats["peak_pinned"])
+
+    def _count_parameters(self, name: str, module: torch.nn.Module) -> None:
+        self.parameters[name] = parameter_count(module)
+
+    def _quantizes_t5(self, recipe: Recipe) -> bool:
+        assert recipe.quantization is not None
+        meant = recipe.quantization.components
+        return any(meant is None or name in meant for name in self._t5_encoders())
+
+    def _t5_encoders(self) -> list[str]:
+        return [name for name, one in self.description.components.items() if one.class_name in _T5]
+
+    def _stopped(self, error: Exception) -> str:
+        where = f"{self.phase}" + (f", in {self._running[-1]}" if self._running else "")
+        words = str(error).strip().splitlines()
+        return (
+            f"{self.recipe.name} on {self.description.name} stopped in {where}: "
+            f"{type(error).__name__}: {words[0] if words else ''}"
+        )
+
+    # what is borrowed
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The device rounds and keeps blocks as CUDA's allocator does, and has room for everything."""
+        import torch
+
+        index = self.accelerator.device.index
+        ops = torch.ops.pytest_diffopt_sim
+        capacity, allowed, caching = ops.capacity(index), ops.allowed(index), self.sim.is_caching_allocator()
+        gc.collect()
+        self.accelerator.empty_cache()
+        self.sim.set_memory_limit(_ROOM_BYTES)
+        self.sim.set_caching_allocator(True)
+        self.sim.reset_peak_host_memory_stats()
+        self._host_before = self.sim.host_memory_stats()["allocated"]
+        try:
+            yield
+        finally:
+            self.sim.set_caching_allocator(caching)
+            self.sim.set_memory_limit(capacity)
+            ops.set_allowed(index, allowed)
+
+    @contextlib.contextmanager
+    def _dry(self) -> Iterator[Any]:
+        costs = costs_on(
+            self.on.name,
+            convolution_workspace=self.assumptions.convolution_workspace,
+            attention=self.assumptions.attention,
+        )
+        three = {name: _numbers(cost) for name, cost in costs.items() if not name.endswith("_overrideable")}
+        with self.sim.dry(kernels=KERNELS, costs=three) as dry:
+            yield dry
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Half a million objects of the libraries need not be looked at whenever garbage is."""
+        freezes = not gc.get_freeze_count()
+        if freezes:
+            gc.freeze()
+        try:
+            yield
+        finally:
+            if freezes:
+                gc.unfreeze()
+
+    # what was found
+
+    def forecast(self, recipe: Recipe, seconds: float, gpu: str | None) -> Forecast:
+        """Everything that was written down, as plain data."""
+        events, marks = self.ledger.events, self.ledger.marks
+        peaks = peaks_of(events, marks)
+        highest = peaks.highest
+        assert highest is not None  # a call always takes something
+        wide, unknown = self._doubts(recipe, peaks)
+        return Forecast(
+            recipe=recipe.name,
+            model=self.description.name,
+            pipeline=self.description.pipeline_class,
+            dtype=recipe.dtype or "float32",
+            sizes=self.recipe.call.sizes or (),
+            steps=self.recipe.call.num_inference_steps,
+            peak=peaks.total,
+            peak_phase=highest.phase,
+            peak_component=highest.component,
+            peak_operation=highest.operation,
+            phases=peaks.phases,
+            live_at_peak=live_at(events, marks, peaks.at, self.ledger.paths),
+            reserved=self.reserved,
+            floor_bytes=peaks.floor_bytes,
+            weights_bytes=self.weights_bytes,
+            parameters=self.parameters,
+            host_bytes=self.host_bytes,
+            pinned_bytes=self.pinned_bytes,
+            h2d_bytes=self.h2d_bytes,
+            d2h_bytes=self.d2h_bytes,
+            assumptions=self._assumed(recipe, gpu),
+            wide=wide,
+            unknown=unknown,
+            generation=self.on.name,
+            libraries={name: metadata.version(name) for name in LIBRARIES if name != "pytest-diffopt"},
+            seconds=seconds,
+            residency=self.ledger.record,
+        )
+
+    def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
+        libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES if name != "pytest-diffopt")
+        said = [
+            f"Libraries as installed: {libraries}.",
+            f"Kernels of {self.on.name.capitalize()} GPUs"
+            + (f", as {gpu} is one." if gpu is not None else "; no GPU was named."),
+            "Components load one after the other, in the order of the pipeline's arguments, each with one thread.",
+        ]
+        quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
+        said += self.assumptions.sentences(
+            text_encoder_is_quantized=quantized, has_t5=bool(self._t5_encoders()) and recipe.dtype == "bfloat16"
+        )
+        if recipe.compilation:
+            said.append("torch.compile is not run: eager's peak stands for that of compiled code, which fuses operations.")
+        return tuple(said)
+
+    def _doubts(self, recipe: Recipe, peaks: Peaks) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        wide: list[str] = []
+        if peaks.total.high > peaks.total.low:
+            wide.append(
+                f"What cuDNN's convolutions and attention take while they run depends on the GPU and its libraries: "
+                f"{peaks.total}."
+            )
+        for compilation in recipe.compilation:
+            if compilation.mode in ("reduce-overhead", "max-autotune"):
+                wide.append(
+                    f"mode {compilation.mode!r} on {compilation.component} records CUDA graphs, whose pool is kept; "
+                    f"its size is not modelled."
+                )
+        wide += self.guesses
+        unknown = []
+        for component, size in read_by_the_host(self.ledger.events, self.ledger.marks):
+            if size <= CONTROL_BYTES:
+                unknown.append(
+                    f"The host reads {size} bytes that {component or 'the pipeline'} computed; "
+                    f"what it does with them is not known."
+                )
+        return tuple(wide), tuple(unknown)
+
+
+def _numbers(cost: Callable[..., Estimate]) -> Callable[..., list[int]]:
+    def three(*args: Any, **kwargs: Any) -> list[int]:
+        found = cost(*args, **kwargs)
+        return [found.low, found.expected, found.high]
+
+    return three
+
+
+def _with(estimate: Estimate, name: str, value: int) -> Estimate:
+    numbers = {"low": estimate.low, "expected": estimate.expected, "high": estimate.high, name: value}
+    return Estimate(**numbers)
+
+
+__all__ = ["DEFAULT_GENERATION", "GENERATIONS", "forecast"]
