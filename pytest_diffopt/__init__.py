@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe
-    from pytest_diffopt.recipe import Call, Compilation, Offloading, Quantization, Recipe
+    from pytest_diffopt.recipe import Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
     from pytest_diffopt.recipe_loading import load_recipes
 
     __version__: str
@@ -23,6 +23,7 @@ _HOMES = {
     "Call": "pytest_diffopt.recipe",
     "Compilation": "pytest_diffopt.recipe",
     "Contract": "pytest_diffopt.contract",
+    "ForecastBudget": "pytest_diffopt.recipe",
     "Observation": "pytest_diffopt.observation.observation",
     "Offloading": "pytest_diffopt.recipe",
     "Quantization": "pytest_diffopt.recipe",
@@ -44,6 +45,7 @@ __all__ = [
     "Call",
     "Compilation",
     "Contract",
+    "ForecastBudget",
     "Observation",
     "Offloading",
     "Quantization",

@@ -32,7 +32,10 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
     limited = recipe.contract.max_memory is not None or recipe.contract.max_memory_ratio is not None
     if recipe.offloading is not None or recipe.quantization is not None or limited:
         names.append("memory")
-    return (*names, "parity", "state")
+    names += ["parity", "state"]
+    if recipe.forecast is not None:
+        names.append("forecast")
+    return tuple(names)
 
 
 def check(recipe: Recipe, *, session: Session | None = None) -> list[Verdict]:
