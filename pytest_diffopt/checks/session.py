@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks import engagement, forecast, graph_breaks, memory, parity, quantization, recompiles, state
 from pytest_diffopt.checks.evidence import Evidence, ForecastEvidence
+from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.contract import derive
-from pytest_diffopt.errors import DiffoptError, ReplicaError
+from pytest_diffopt.errors import DiffoptError, ReplicaError, UnverifiableError
 from pytest_diffopt.part import content_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
-    from pytest_diffopt.checks.verdict import Verdict
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
@@ -105,6 +105,7 @@ class Session:
         if budget is None:
             raise DiffoptError(f"{recipe.name}: the recipe has no part forecast.")
         asked = {field: value for field, value in budget.given().items() if field != "max_memory"}
+        asked["model"] = next(iter(_model_names(recipe)), budget.model)  # one model has several names
         key = recipe.content_hash, content_of(asked)
         if key not in self._forecasts:
             from pytest_diffopt.forecasting import running  # type: ignore[attr-defined, unused-ignore]
@@ -169,10 +170,17 @@ class Session:
         return CHECKS[check](given)
 
     def judge_all(self, recipe: Recipe) -> list[Verdict]:
-        """The verdicts of every check that applies to the recipe."""
+        """The verdicts of every check that applies to the recipe; unverified where this machine cannot tell."""
         from pytest_diffopt.checks import checks_for
 
-        return [self.judge(recipe, name) for name in checks_for(recipe)]
+        names = checks_for(recipe)
+        observed = [name for name in names if name != forecast.NAME]
+        try:
+            evidence = self.evidence(recipe)
+            verdicts = [CHECKS[name](evidence) for name in observed]
+        except UnverifiableError as error:
+            verdicts = [Verdict(name, recipe.name, "unverified", str(error)) for name in observed]
+        return verdicts + [self.judge(recipe, name) for name in names if name == forecast.NAME]
 
     def release(self) -> None:
         """Forget every observation and forecast."""

@@ -203,12 +203,16 @@ def make_a_pipeline() -> None:
 
 def test_a_model_of_another_class_than_the_recipes_pipeline_is_named_with_those_of_it() -> None:
     assert of_forecast("tiny-flux", model="Wan-AI/Wan2.1-T2V-14B-Diffusers") == [
-        "recipe.a.forecast.model: found 'Wan-AI/Wan2.1-T2V-14B-Diffusers', a WanPipeline; "
-        "'tiny-flux' is a FluxPipeline; in full size there are: flux.1-dev, flux.1-schnell"
+        (
+            "recipe.a.forecast.model: found 'Wan-AI/Wan2.1-T2V-14B-Diffusers', a WanPipeline; "
+            "'tiny-flux' is a FluxPipeline; in full size there are: flux.1-dev, flux.1-schnell"
+        )
     ]
     assert of_forecast("tiny-sd", model="flux.1-dev") == [
-        "recipe.a.forecast.model: found 'flux.1-dev', a FluxPipeline; "
-        "'tiny-sd' is a StableDiffusionPipeline; in full size there are: none"
+        (
+            "recipe.a.forecast.model: found 'flux.1-dev', a FluxPipeline; "
+            "'tiny-sd' is a StableDiffusionPipeline; in full size there are: none"
+        )
     ]
 
 
