@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe
-    from pytest_diffopt.recipe import Call, Compilation, Offloading, Quantization, Recipe
+    from pytest_diffopt.recipe import Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
     from pytest_diffopt.recipe_loading import load_recipes
 
     __version__: str
@@ -26,6 +26,7 @@ _HOMES = {
     "Compilation": "pytest_diffopt.recipe",
     "Contract": "pytest_diffopt.contract",
     "Forecast": "pytest_diffopt.forecasting.record",
+    "ForecastBudget": "pytest_diffopt.recipe",
     "Observation": "pytest_diffopt.observation.observation",
     "Offloading": "pytest_diffopt.recipe",
     "Quantization": "pytest_diffopt.recipe",
@@ -49,6 +50,7 @@ __all__ = [
     "Compilation",
     "Contract",
     "Forecast",
+    "ForecastBudget",
     "Observation",
     "Offloading",
     "Quantization",

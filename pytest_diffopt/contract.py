@@ -21,7 +21,7 @@ from pytest_diffopt.part import (
     with_every_mistake,
 )
 
-__all__ = ["Contract", "Limits", "derive", "parse_bytes"]
+__all__ = ["Contract", "Limits", "Memory", "derive", "parse_bytes"]
 
 
 def _memory(value: Any) -> Any:
@@ -30,6 +30,10 @@ def _memory(value: Any) -> Any:
     except ValueError:
         raise refused(value, SIZES_ALLOWED) from None
     return value
+
+
+Memory = Annotated[str | int, PlainValidator(_memory)]
+"""Bytes as an int, or like ``"12GiB"``."""
 
 
 @with_every_mistake
@@ -58,7 +62,7 @@ class Contract(Part):
     warmup_calls: Positive | None = None
     parity_multiple: PositiveNumber | None = None
     max_memory_ratio: PositiveNumber | None = None
-    max_memory: Annotated[str | int, PlainValidator(_memory)] | None = None
+    max_memory: Memory | None = None
 
 
 @dataclasses.dataclass(frozen=True)

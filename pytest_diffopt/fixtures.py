@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_diffopt.collection.marked_tests import WATCH, Mistake, source_of
+from pytest_diffopt.collection.marked_tests import WATCH, Mistake
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, accelerator_of, registry_of, session_of
-from pytest_diffopt.report.rows import ROW_PROPERTY, row_of
+from pytest_diffopt.report.rows import ROW_PROPERTY, row_of, source_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator

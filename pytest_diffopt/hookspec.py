@@ -8,6 +8,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
     from pytest_diffopt.replicas import Registry
@@ -38,14 +39,17 @@ def pytest_diffopt_modify_recipe(recipe: Recipe, config: pytest.Config) -> Recip
 
 
 @pytest.hookspec
-def pytest_diffopt_verdict(verdict: Verdict, observation: Observation) -> None:
+def pytest_diffopt_verdict(verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
     """Read a verdict and what it was judged on. Called after each check of a recipe file, in the process that ran it.
+
+    The check `forecast` is judged on a forecast and on no observation, every other check on an observation alone; what a
+    check was not judged on is None.
 
     In a ``conftest.py``, to keep the observations of what failed::
 
         from pathlib import Path
 
         def pytest_diffopt_verdict(verdict, observation):
-            if verdict.status == "failed":
+            if verdict.status == "failed" and observation is not None:
                 Path(f"{verdict.recipe}.json").write_text(observation.to_json(), encoding="utf-8")
     """

@@ -1,4 +1,4 @@
-"""What only an installation can tell of a recipe: whether its imports, components, backends and settings are there."""
+"""What only an installation can tell of a recipe: whether its imports, components, backends, settings and models are there."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_diffopt.errors import Problem
+from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, ReplicaError
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
-from pytest_diffopt.recipe import DynamoValue, Recipe, is_reference
+from pytest_diffopt.recipe import DynamoValue, ForecastBudget, Recipe, is_reference
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
-from pytest_diffopt.replicas import Family, registry
+from pytest_diffopt.replicas import Family, registry, resolve_full_size
 
 __all__ = ["problems_with_installation"]
 
 
 def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_hub: bool = False) -> list[Problem]:
-    """The mistakes that show only with the recipe's libraries at hand: its imports, components, backends and settings.
+    """The mistakes that show only with the recipe's libraries at hand: its imports, components, backends, settings, forecast.
 
     Imports what the recipe names; imports torch if the recipe compiles by a backend's name or sets Dynamo, and leaves
     those two unchecked where torch is not installed. Nothing is built: components are checked where the pipeline is a
@@ -49,6 +49,8 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
             mistakes += _backend_mistakes(location, compilation.backend)
     if torch_installed and recipe.dynamo:
         mistakes += _dynamo_mistakes(recipe.dynamo)
+    if recipe.forecast is not None:
+        mistakes += _forecast_mistakes(recipe, recipe.forecast, allow_hub)
     return [Problem(f"{prefix}.{path_of(m.location)}", m.found, m.allowed) for m in mistakes]
 
 
@@ -77,6 +79,59 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
             if name not in components:
                 allowed = f"{did_you_mean(name, components)}the pipeline has: {', '.join(sorted(components))}"
                 yield Mistake(location, repr(name), allowed)
+
+
+def _forecast_mistakes(recipe: Recipe, budget: ForecastBudget, allow_hub: bool) -> Iterator[Mistake]:
+    yield from _model_mistakes(recipe, budget, allow_hub)
+    if budget.gpu is not None:
+        from pytest_diffopt.forecasting.cards import card
+
+        try:
+            card(budget.gpu)
+        except DiffoptError as error:
+            allowed = str(error).removeprefix(f"No card is called {budget.gpu!r}. ")
+            yield Mistake(("forecast", "gpu"), repr(budget.gpu), allowed)
+    if budget.assume:
+        from pytest_diffopt.forecasting.assumptions import assumed
+
+        at = ("forecast", "assume")
+        try:
+            assumed(budget.assume)
+        except RecipeError as error:
+            for problem in error.problems:
+                yield Mistake((*at, problem.path.removeprefix("assume").lstrip(".")), problem.found, problem.allowed)
+        except DiffoptError as error:
+            yield Mistake(at, shown(dict(budget.assume)), str(error))
+
+
+def _model_mistakes(recipe: Recipe, budget: ForecastBudget, allow_hub: bool) -> Iterator[Mistake]:
+    """A full-size model that is not there, or whose pipeline is of another class than the recipe's own."""
+    at, pipeline = ("forecast", "model"), recipe.pipeline
+    named = pipeline if isinstance(pipeline, str) and not is_reference(pipeline) else None
+    model = named if budget.model is None else budget.model
+    try:
+        found = resolve_full_size(model) if model is not None else None
+    except ReplicaError as error:
+        if budget.model is not None and Path(budget.model).expanduser().is_dir():
+            yield Mistake(at, repr(budget.model), str(error))
+            return
+        found = None
+    names = [name for known in registry.full_sizes.values() for name in (known.name, known.hub_id) if name]
+    if found is None:
+        allowed = (
+            f"{did_you_mean(budget.model, names)}full-size models: {', '.join(registry.full_sizes)}, their hub ids"
+        )
+        if budget.model is not None:
+            yield Mistake(at, repr(budget.model), f"{allowed}, and directories with a pipeline's config files")
+        else:
+            what = repr(pipeline) if isinstance(pipeline, str) else shown(pipeline)
+            yield Mistake(at, "nothing", f"it must be given, since the pipeline {what} names none; {allowed}")
+        return
+    family = _replica(pipeline, allow_hub)
+    if family is not None and family.pipeline_class != found.pipeline_class:
+        fitting = [one.name for one in registry.full_sizes.values() if one.pipeline_class == family.pipeline_class]
+        allowed = f"{pipeline!r} is a {family.pipeline_class}; in full size there are: {', '.join(fitting) or 'none'}"
+        yield Mistake(at, f"{model!r}, a {found.pipeline_class}", allowed)
 
 
 def _reference_mistakes(location: Location, reference: str) -> Iterator[Mistake]:

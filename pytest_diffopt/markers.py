@@ -186,21 +186,33 @@ class MaxRecompiles(Marker):
 
 @dataclass(frozen=True)
 class MaxMemory(Marker):
-    """max_memory(limit): the accelerator holds at most that much at any moment of the test, however it came there.
+    """max_memory(limit, forecast=None): the accelerator holds at most that much in the test; or a full-size model would.
 
-    What fixtures put there before counts too. A test in which nothing is on the accelerator fails: it would prove nothing.
-    On a device that does not count its memory the test is unverified. The closest of several markers counts.
+    What fixtures put there before counts too, at any moment, however it came there. A test in which nothing is on the
+    accelerator fails: it would prove nothing. On a device that does not count its memory the test is unverified. The
+    closest of several markers counts.
+
+    Args:
+        limit: the most that the accelerator may hold.
+        forecast: a full-size model: the limit then is for the test's recipe with that model, which is forecast, and no
+            longer for what the test itself puts on the accelerator. True for the model that the recipe names.
     """
 
     name: ClassVar[str] = "max_memory"
 
     limit: str | int = field(metadata=_takes('"12GiB", or bytes'))
+    forecast: str | bool | None = field(
+        default=None, metadata=_takes("a full-size model's name, or True for the one that the recipe names")
+    )
 
     def __post_init__(self) -> None:
         try:
             parse_bytes(self.limit)
         except ValueError:
             raise self._reject("limit", self.limit) from None
+        named = isinstance(self.forecast, str) and self.forecast.strip() != ""
+        if not named and self.forecast is not None and self.forecast is not True:
+            raise self._reject("forecast", self.forecast)
 
     @property
     def limit_bytes(self) -> int:

@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator
+from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from pytest_diffopt.contract import Contract
+from pytest_diffopt.contract import Contract, Memory
 from pytest_diffopt.errors import Problem, RecipeError
 from pytest_diffopt.part import (
     CONFIG,
@@ -52,7 +52,7 @@ from pytest_diffopt.references import UnresolvedReference, resolve_callable
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Call", "Compilation", "Contract", "Offloading", "Quantization", "Recipe"]
+__all__ = ["Call", "Compilation", "Contract", "ForecastBudget", "Offloading", "Quantization", "Recipe"]
 
 QuantizationBackend = Literal["bitsandbytes_4bit", "bitsandbytes_8bit"]
 Scope = Literal["module", "repeated_blocks"]
@@ -66,7 +66,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults")
+_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -172,6 +172,7 @@ def _inputs(value: Any) -> Any:
     return frozen
 
 
+Sizes = Annotated[tuple[tuple[int, ...], ...], PlainValidator(_sizes)]
 SomeNames = Annotated[
     tuple[Text, ...], one_or_many("a component, or a list of at least one; leave it out for all", str, at_least=1)
 ]
@@ -445,7 +446,7 @@ class Call(Part):
     prompts: Annotated[
         tuple[Annotated[str, Strict()], ...], one_or_many("a string, or a list of at least one", str, at_least=1)
     ] = (_PROMPT, _PROMPT, _OTHER_PROMPT)
-    sizes: Annotated[tuple[tuple[int, ...], ...], PlainValidator(_sizes)] | None = None
+    sizes: Sizes | None = None
     num_inference_steps: Positive = 3
     calls: Positive | None = None
     seed: Natural = 0
@@ -538,6 +539,57 @@ def _takes_one(function: Callable[..., object]) -> bool:
     return True
 
 
+# The forecast.
+
+
+@with_every_mistake
+@dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
+class ForecastBudget(Part):
+    """What the recipe may take with a full-size model, which is forecast with no GPU and no weights.
+
+    Args:
+        model: a full-size model's name (``"flux.1-dev"``), hub id or directory; None for the one that the recipe's own
+            pipeline names.
+        max_memory: what torch may have allocated at once, loading included, as an int or like ``"16GiB"``.
+        gpu: a card that the recipe has to fit, ``"rtx-4090"``. One of ``max_memory`` and ``gpu`` must be given.
+        sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels, one a call; None for the model's own.
+        num_inference_steps: denoising steps a call; None for the forecast's own.
+        assume: what is taken for granted of the machine that is forecast.
+        kwargs: further keyword arguments of every call.
+
+    Raises:
+        RecipeError: with every wrong field.
+    """
+
+    model: Text | None = None
+    max_memory: Memory | None = None
+    gpu: Text | None = None
+    sizes: Sizes | None = None
+    num_inference_steps: Positive | None = None
+    assume: Table = dataclasses.field(default_factory=FrozenDict)
+    kwargs: Table = dataclasses.field(default_factory=FrozenDict)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            model: str | None = None,
+            max_memory: str | int | None = None,
+            gpu: str | None = None,
+            sizes: Sequence[int] | Sequence[Sequence[int]] | None = None,
+            num_inference_steps: int | None = None,
+            assume: Mapping[str, Any] = ...,
+            kwargs: Mapping[str, Any] = ...,
+        ) -> None: ...
+
+    @model_validator(mode="after")
+    def _promises_something(self) -> Self:
+        if self.max_memory is None and self.gpu is None:
+            allowed = "max_memory, gpu or both must be given: what the full-size recipe may take"
+            raise Mistakes([Mistake(("max_memory",), "nothing", allowed)])
+        return self
+
+
 # The recipe.
 
 _NEW_DYNAMO_NAMES = {
@@ -578,7 +630,17 @@ def _dynamo(value: Any) -> FrozenDict:
 DOES_NOT_RUN = "run"
 """The key of a known fault that ends the run of its recipe."""
 
-_FAULTY = (DOES_NOT_RUN, "engagement", "graph_breaks", "recompiles", "quantization", "memory", "parity", "state")
+_FAULTY = (
+    DOES_NOT_RUN,
+    "engagement",
+    "graph_breaks",
+    "recompiles",
+    "quantization",
+    "memory",
+    "parity",
+    "state",
+    "forecast",
+)
 
 
 def _known_faults(value: object) -> FrozenDict:
@@ -624,6 +686,7 @@ class Recipe(Part):
         known_faults: of libraries: check → a part of what its failed verdict says, or ``"run"`` → of the exception that
             ends the run. A test item is then expected to fail, with that cause and no other.
         order: in which the parts are applied. Quantization that is not first is done in place, on the live modules.
+        forecast: what the recipe may take with a full-size model; None forecasts nothing.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -648,6 +711,7 @@ class Recipe(Part):
     known_faults: Annotated[Mapping[str, str], PlainValidator(_known_faults)] = dataclasses.field(
         default_factory=FrozenDict
     )
+    forecast: ForecastBudget | None = None
 
     if TYPE_CHECKING:
 
@@ -664,6 +728,7 @@ class Recipe(Part):
             contract: Contract | Mapping[str, Any] = ...,
             order: Sequence[str] = ...,
             known_faults: Mapping[str, str] = ...,
+            forecast: ForecastBudget | Mapping[str, Any] | None = None,
         ) -> None: ...
 
     @field_validator("compilation")
@@ -699,7 +764,8 @@ class Recipe(Part):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract and the known faults.
+        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults and
+        the forecast.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.

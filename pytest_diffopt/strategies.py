@@ -21,9 +21,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pytest_diffopt.recipe import ORDER, Call, Compilation, Contract, Offloading, Quantization, Recipe
+from pytest_diffopt.recipe import ORDER, Call, Compilation, Contract, ForecastBudget, Offloading, Quantization, Recipe
 
-__all__ = ["calls", "compilations", "contracts", "offloadings", "quantizations", "recipes"]
+__all__ = ["calls", "compilations", "contracts", "forecast_budgets", "offloadings", "quantizations", "recipes"]
 
 _COMPONENTS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -119,6 +119,21 @@ def calls() -> st.SearchStrategy[Call]:
     ).map(lambda fields: Call(**fields))
 
 
+def forecast_budgets() -> st.SearchStrategy[ForecastBudget]:
+    """Budgets of a forecast: a limit, a card or both, and any of the other fields."""
+    side = st.integers(1, 2048)
+    limit = {"max_memory": st.integers(1, 2**40) | st.just("16GiB")}
+    card = {"gpu": st.sampled_from(["rtx-4090", "A100 80GB"])}
+    others = {
+        "model": st.none() | st.sampled_from(["flux.1-dev", "owner/model", "./local"]),
+        "sizes": st.none() | st.lists(st.tuples(side, side) | st.tuples(side, side, side), min_size=1, max_size=3),
+        "num_inference_steps": st.none() | st.integers(1, 50),
+        "assume": _tables,
+        "kwargs": _tables,
+    }
+    return (_some(limit, others | card) | _some(card, others)).map(lambda fields: ForecastBudget(**fields))
+
+
 def contracts() -> st.SearchStrategy[Contract]:
     """Contracts that give any of the limits."""
     count = st.none() | st.integers(0, 1000)
@@ -170,6 +185,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 "call": calls(),
                 "contract": contracts(),
                 "order": st.permutations(ORDER),
+                "forecast": st.none() | forecast_budgets(),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -1,4 +1,4 @@
-"""What a check is given: the observation, its reference, and the limits that the recipe promises."""
+"""What a check is given: the observation, its reference, and the limits that the recipe promises; or a forecast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pytest_diffopt.checks.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from pytest_diffopt.contract import Limits
+    from pytest_diffopt.forecasting.cards import Card
+    from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import ComponentRecord, Observation, Place
     from pytest_diffopt.recipe import Recipe
 
@@ -18,20 +20,10 @@ SHOWN = 6
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Everything that a check may read. A check is a pure function of it.
-
-    Attributes:
-        reference: the same recipe, neither compiled nor offloaded, on the same accelerator; None for a check that needs
-            none.
-        resident: the same recipe without offloading; None where memory is not judged.
-    """
+class Given:
+    """The recipe that is judged, and how a check says its verdict."""
 
     recipe: Recipe
-    observation: Observation
-    limits: Limits
-    reference: Observation | None = None
-    resident: Observation | None = None
 
     def verdict(
         self, check: str, status: Status, sentence: str, *, evidence: Iterable[str] = (), **figures: Any
@@ -46,6 +38,39 @@ class Evidence:
 
     def unverified(self, check: str, sentence: str, *, evidence: Iterable[str] = (), **figures: Any) -> Verdict:
         return self.verdict(check, "unverified", sentence, evidence=evidence, **figures)
+
+
+@dataclass(frozen=True)
+class ForecastEvidence(Given):
+    """Everything that the check `forecast` may read: no run of the recipe is needed for it.
+
+    Attributes:
+        forecast: of the recipe, as its ``forecast`` part asks; None where none could be made.
+        error: why none could be made.
+        models: the names of the model that was asked for; empty where nobody named one.
+        card: that the recipe has to fit; None for none.
+    """
+
+    forecast: Forecast | None = None
+    error: str = ""
+    models: tuple[str, ...] = ()
+    card: Card | None = None
+
+
+@dataclass(frozen=True)
+class Evidence(Given):
+    """Everything that the other checks may read. A check is a pure function of it.
+
+    Attributes:
+        reference: the same recipe, neither compiled nor offloaded, on the same accelerator; None for a check that needs
+            none.
+        resident: the same recipe without offloading; None where memory is not judged.
+    """
+
+    observation: Observation
+    limits: Limits
+    reference: Observation | None = None
+    resident: Observation | None = None
 
     def did_not_run(self, check: str) -> Verdict | None:
         """A failed verdict with the cause, where an exception ended the recipe's run; else None."""

@@ -1,23 +1,29 @@
-"""A session observes each recipe once, whatever the number of checks that read it, and shares references by content."""
+"""A session observes each recipe once, whatever the number of checks that read it, and shares references by content.
+
+Forecasts are made once too, and only for the check that reads them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.checks import engagement, graph_breaks, memory, parity, quantization, recompiles, state
-from pytest_diffopt.checks.evidence import Evidence
+from pytest_diffopt.checks import engagement, forecast, graph_breaks, memory, parity, quantization, recompiles, state
+from pytest_diffopt.checks.evidence import Evidence, ForecastEvidence
+from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.contract import derive
+from pytest_diffopt.errors import DiffoptError, ReplicaError, UnverifiableError
+from pytest_diffopt.part import content_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
-    from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
 
 
-CHECKS: dict[str, Callable[[Evidence], Verdict]] = {
+CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `ForecastEvidence`
     engagement.NAME: engagement.judge,
     graph_breaks.NAME: graph_breaks.judge,
     recompiles.NAME: recompiles.judge,
@@ -25,6 +31,7 @@ CHECKS: dict[str, Callable[[Evidence], Verdict]] = {
     memory.NAME: memory.judge,
     parity.NAME: parity.judge,
     state.NAME: state.judge,
+    forecast.NAME: forecast.judge,
 }
 
 
@@ -35,7 +42,7 @@ class Session:
         accelerator: where recipes run; by default found when the first one does.
         allow_hub: let hub ids that resolve to nothing local go to the hub.
         compile_backend: used instead of the backends that the recipes name.
-        progress: called with a few words whenever a frame begins to compile.
+        progress: called with a few words whenever a frame begins to compile, and as a forecast goes on.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Session:
         self._compile_backend = compile_backend
         self._progress = progress
         self._observations: dict[tuple[str, bool], Observation] = {}
+        self._forecasts: dict[tuple[str, str], tuple[str, Forecast | DiffoptError]] = {}
 
     @property
     def accelerator(self) -> Accelerator:
@@ -83,8 +91,60 @@ class Session:
             found = replace(found, recipe={**found.recipe, "name": recipe.name})
         return found
 
+    def observed(self, recipe: Recipe) -> Observation | None:
+        """What happened when the recipe ran, if it did; nothing is run."""
+        return self.observe(recipe) if (recipe.content_hash, False) in self._observations else None
+
+    def forecast(self, recipe: Recipe) -> Forecast:
+        """What the recipe's ``forecast`` asks for; made at the first call, on the simulated device whatever others run on.
+
+        Raises:
+            DiffoptError: it cannot be made, or the recipe asks for none.
+        """
+        budget = recipe.forecast
+        if budget is None:
+            raise DiffoptError(f"{recipe.name}: the recipe has no part forecast.")
+        asked = {field: value for field, value in budget.given().items() if field != "max_memory"}
+        asked["model"] = next(iter(_model_names(recipe)), budget.model)  # one model has several names
+        key = recipe.content_hash, content_of(asked)
+        if key not in self._forecasts:
+            from pytest_diffopt.forecasting import running
+
+            made: Forecast | DiffoptError
+            try:
+                made = running.forecast(
+                    recipe,
+                    budget.model,
+                    sizes=budget.sizes,
+                    steps=budget.num_inference_steps,
+                    gpu=budget.gpu,
+                    assume=budget.assume,
+                    kwargs=budget.kwargs,
+                    progress=self._progress,
+                )
+            except DiffoptError as error:
+                made = error
+            self._forecasts[key] = recipe.name, made
+        name, found = self._forecasts[key]
+        if isinstance(found, DiffoptError):
+            raise found
+        if found.recipe == name != recipe.name:  # another recipe of the same content was forecast first
+            found = replace(found, recipe=recipe.name)
+        return found
+
+    def forecast_evidence(self, recipe: Recipe) -> ForecastEvidence:
+        """Everything that the check `forecast` reads; the recipe itself is not run."""
+        from pytest_diffopt.forecasting.cards import card
+
+        gpu = recipe.forecast.gpu if recipe.forecast is not None else None
+        try:
+            wanted = card(gpu) if gpu is not None else None
+            return ForecastEvidence(recipe, self.forecast(recipe), "", _model_names(recipe), wanted)
+        except DiffoptError as error:
+            return ForecastEvidence(recipe, error=str(error))
+
     def evidence(self, recipe: Recipe) -> Evidence:
-        """Everything that the checks of a recipe read: its observation, its reference, its limits."""
+        """Everything that the other checks of a recipe read: its observation, its reference, its limits."""
         observation = self.observe(recipe)
         reference = observation
         if recipe.compilation or recipe.offloading is not None:
@@ -106,15 +166,38 @@ class Session:
 
     def judge(self, recipe: Recipe, check: str) -> Verdict:
         """The verdict of one check."""
-        return CHECKS[check](self.evidence(recipe))
+        given = self.forecast_evidence(recipe) if check == forecast.NAME else self.evidence(recipe)
+        return CHECKS[check](given)
 
     def judge_all(self, recipe: Recipe) -> list[Verdict]:
-        """The verdicts of every check that applies to the recipe."""
+        """The verdicts of every check that applies to the recipe; unverified where this machine cannot tell."""
         from pytest_diffopt.checks import checks_for
 
-        evidence = self.evidence(recipe)
-        return [CHECKS[name](evidence) for name in checks_for(recipe)]
+        names = checks_for(recipe)
+        observed = [name for name in names if name != forecast.NAME]
+        try:
+            evidence = self.evidence(recipe)
+            verdicts = [CHECKS[name](evidence) for name in observed]
+        except UnverifiableError as error:
+            verdicts = [Verdict(name, recipe.name, "unverified", str(error)) for name in observed]
+        return verdicts + [self.judge(recipe, name) for name in names if name == forecast.NAME]
 
     def release(self) -> None:
-        """Forget every observation."""
+        """Forget every observation and forecast."""
         self._observations.clear()
+        self._forecasts.clear()
+
+
+def _model_names(recipe: Recipe) -> tuple[str, ...]:
+    """How the full-size model that a recipe asks for is called; nothing where only the forecast can tell."""
+    from pytest_diffopt.replicas.resolution import resolve_full_size
+
+    asked = recipe.forecast.model if recipe.forecast is not None else None
+    asked = recipe.pipeline if asked is None and isinstance(recipe.pipeline, str) else asked
+    if asked is None:
+        return ()
+    try:
+        found = resolve_full_size(asked)
+    except ReplicaError:
+        return ()
+    return tuple(name for name in (found.name, found.hub_id, asked) if name)

@@ -39,6 +39,8 @@ def against_known_faults(recipe: Recipe, verdict: Verdict, observation: Observat
 def _expected(recipe: Recipe, verdict: Verdict, observation: Observation | None) -> tuple[str, str]:
     """(which of the known faults the verdict is about, what was said where its cause must stand)."""
     failure = observation.failure if observation is not None else None
+    if verdict.check == "forecast":  # which needs no run of the recipe
+        return verdict.check, verdict.text
     if DOES_NOT_RUN in recipe.known_faults and (failure is not None or observation is None):
         return DOES_NOT_RUN, f"{verdict.text}\n{failure.error}: {failure.message}" if failure else verdict.text
     return verdict.check, verdict.text

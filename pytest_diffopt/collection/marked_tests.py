@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_diffopt.collection.forecast_limits import NO_RECIPE, forecast_within
 from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip, unverified
-from pytest_diffopt.report.html import attach_picture
-from pytest_diffopt.report.rows import RECIPE_PROPERTY
+from pytest_diffopt.report.html import attach_pictures
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, source_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.collection.watching import WatchMarkers
@@ -28,8 +29,8 @@ MARKER_LINES = {
     "all that the test compiles is one graph a frame, and runs: no break, no skip, no fall back.",
     "max_recompiles": "max_recompiles(limit): "
     "at most that many recompiles in the test, and no recompile limit is ever exhausted.",
-    "max_memory": "max_memory(limit): "
-    "the accelerator holds at most that much at any moment of the test, however it came there.",
+    "max_memory": "max_memory(limit, forecast=None): "
+    "the accelerator holds at most that much in the test; or a full-size model would.",
     "recipes": "recipes(*recipes): "
     "run the test once a recipe; its fixtures `recipe` and `observation` have it and what happened.",
     "quantization": 'quantization(backend, components=None, pipeline="tiny-flux", **kwargs): '
@@ -86,11 +87,6 @@ def note_recipe(item: pytest.Item) -> None:
         item.user_properties.append((RECIPE_PROPERTY, about))
 
 
-def source_of(item: pytest.Item) -> str:
-    """The file of a test, as its node id writes it."""
-    return item.nodeid.partition("::")[0]
-
-
 def set_up(item: pytest.Item) -> None:
     """Reject wrong markers, skip where the accelerator does not fit, and note what is to be watched."""
     names = {mark.name for mark in item.iter_markers()} & MARKER_LINES.keys()
@@ -121,6 +117,8 @@ def set_up(item: pytest.Item) -> None:
         if why is not None:
             skip(item, why)
     if (memory := closest(item, MaxMemory)) is not None:
+        if memory.forecast is not None and "recipe" not in getattr(item, "fixturenames", ()):
+            pytest.fail(f"{item.nodeid}: {NO_RECIPE}", pytrace=False)
         item.stash[MAX_MEMORY] = memory
     if (watch_markers := WatchMarkers.of_test(item)) is not None:
         item.stash[WATCH_MARKERS] = watch_markers
@@ -141,6 +139,10 @@ def _watching_memory(item: pytest.Item) -> Iterator[None]:
     marker = item.stash.get(MAX_MEMORY, None)
     if marker is None:
         yield
+        return
+    if marker.forecast is not None:
+        with forecast_within(item, marker):
+            yield
         return
     from pytest_diffopt.collection.watching import memory_failure
     from pytest_diffopt.errors import UnverifiableError
@@ -188,9 +190,9 @@ def _judge(item: pytest.Item, markers: WatchMarkers, watch: CompileWatch) -> Non
 
 
 def tidied(item: pytest.Item, report: pytest.TestReport) -> pytest.TestReport:
-    """The report of an item: a skip of ours at the item's place, a recipe's picture, no trace of torch in its log."""
+    """The report of an item: a skip of ours at the item's place, a recipe's pictures, no trace of torch in its log."""
     place_skip(item, report)
-    attach_picture(item, report)
+    attach_pictures(item, report)
     if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or _is_about_a_recipe(item)):
         report.sections = [(title, kept) for title, text in report.sections if (kept := _without_trace(title, text))]
     return report

@@ -14,10 +14,11 @@ from pytest_diffopt.collection.known_faults import against_known_faults, known_f
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
-from pytest_diffopt.report.html import keep_picture
+from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
 if TYPE_CHECKING:
+    from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
 
@@ -85,16 +86,13 @@ class CheckItem(pytest.Item):
         )
 
     def runtest(self) -> None:
-        from pytest_diffopt.checks import checks_for
-
-        verdict, observation = self._judge()
+        verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
         verdict = against_known_faults(self.recipe, verdict, observation)
-        self._write_down(verdict, observation)
-        if observation is not None:
-            if self.name == ("memory" if "memory" in checks_for(self.recipe) else "parity"):  # once a recipe
-                keep_picture(self, observation, self.recipe.name)
-            self.ihook.pytest_diffopt_verdict(verdict=verdict, observation=observation)
+        self._write_down(verdict, observation, forecast)
+        self._draw(observation, forecast)
+        if observation is not None or forecast is not None:  # there is something to read beside the verdict
+            self.ihook.pytest_diffopt_verdict(verdict=verdict, observation=observation, forecast=forecast)
         if reason:
             pytest.xfail(reason)
         if verdict.status == "failed" or (verdict.status == "unverified" and self.config.stash[SETTINGS].strict):
@@ -102,19 +100,34 @@ class CheckItem(pytest.Item):
         if verdict.status == "unverified":
             skip(self, f"unverified: {verdict.sentence}")
 
-    def _judge(self) -> tuple[Verdict, Observation | None]:
+    def _judge(self) -> tuple[Verdict, Observation | None, Forecast | None]:
         with self.config.stash[PROGRESS].running():
             try:
                 session = session_of(self.config)
-                return session.judge(self.recipe, self.name), session.observe(self.recipe)
+                verdict = session.judge(self.recipe, self.name)
+                if self.name == "forecast":  # the recipe need not run for it
+                    return verdict, None, session.forecast_evidence(self.recipe).forecast
+                return verdict, session.observe(self.recipe), None
             except UnverifiableError as error:
-                return Verdict(self.name, self.recipe.name, "unverified", str(error)), None
+                return Verdict(self.name, self.recipe.name, "unverified", str(error)), None, None
             except DiffoptError as error:
-                return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None
+                return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
 
-    def _write_down(self, verdict: Verdict, observation: Observation | None) -> None:
+    def _write_down(self, verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
         self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
-        self.user_properties.append((ROW_PROPERTY, row_of(observation, [verdict], source=self._source)))
+        row = row_of(observation, [verdict], source=self._source, forecast=forecast)
+        self.user_properties.append((ROW_PROPERTY, row))
+
+    def _draw(self, observation: Observation | None, forecast: Forecast | None) -> None:
+        from pytest_diffopt.checks import checks_for
+
+        if forecast is not None:
+            keep_forecast_picture(self, forecast)
+            observation = session_of(self.config).observed(self.recipe)  # beside it, where it ran
+        elif self.name != ("memory" if "memory" in checks_for(self.recipe) else "parity"):  # once a recipe
+            return
+        if observation is not None:
+            keep_picture(self, observation, self.recipe.name)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, VerdictFailure):
@@ -193,6 +206,8 @@ def keywords_of(recipe: Recipe) -> set[str]:
         words |= {"compilation", compilation.scope, backend if isinstance(backend, str) else ""}
     if recipe.offloading is not None:
         words |= {"offloading", recipe.offloading.strategy}
+    if recipe.forecast is not None:
+        words |= {"forecast", recipe.forecast.model or "", recipe.forecast.gpu or ""}
     return words - {""}
 
 

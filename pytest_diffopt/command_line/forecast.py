@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -136,9 +137,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=arguments.size,
-        help="what a call makes, in pixels; again for further calls (default: the recipe's, or the model's own)",
+        help="what a call makes, in pixels; again for further calls (default: the model's own)",
     )
-    add("--steps", metavar="N", type=arguments.positive, help="denoising steps a call (default: the recipe's)")
+    add(
+        "--steps",
+        metavar="N",
+        type=arguments.positive,
+        help="denoising steps a call (default: the recipe's, and 3 at the least)",
+    )
     add(
         "--assume",
         metavar="KEY=VALUE",
@@ -218,12 +224,16 @@ def forecast_rows(jobs: Sequence[Job], options: Options, say: Callable[[str], No
                     steps=options.steps,
                     gpu=card.name if card is not None else None,
                     assume=options.assume or None,
-                    progress=lambda words, about=about: say(f"{about} · {words}"),
+                    progress=functools.partial(_say_about, say, about),
                 )
         except DiffoptError as error:
             forecasts, failure = {}, str(error)
         rows.append(Row(job.recipe.name, job.title, forecasts, failure))
     return rows
+
+
+def _say_about(say: Callable[[str], None], about: str, words: str) -> None:
+    say(f"{about} · {words}")
 
 
 def report_lines(rows: Sequence[Row], options: Options, *, width: int, color: bool) -> Iterator[str]:

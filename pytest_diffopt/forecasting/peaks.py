@@ -109,9 +109,7 @@ def live_at(
         group[0] += event.bytes
         group[1] += 1
     alive = [
-        LiveTensors(
-            component, module, cast("Literal['weights', 'working', 'workspace']", kind), operation, held, count
-        )
+        LiveTensors(component, module, cast("Literal['weights', 'working', 'workspace']", kind), operation, held, count)
         for (component, module, kind, operation), (held, count) in groups.items()
     ]
     return tuple(sorted(alive, key=lambda one: (-one.bytes, one.component, one.module, one.operation)))

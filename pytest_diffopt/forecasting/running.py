@@ -261,9 +261,7 @@ class _Run:
         self.ledger.look()
         prepared.default_size = self.description.default_size
         for name, module in prepared.components.items():
-            self.weights_bytes[name] = sum(
-                {id(tensor): tensor.nbytes for _, tensor in weights_of(module)}.values()
-            )
+            self.weights_bytes[name] = sum({id(tensor): tensor.nbytes for _, tensor in weights_of(module)}.values())
         self.phase = "placing"
         self.say(self.phase)
         self.ledger.phase(PLACE)
@@ -328,9 +326,7 @@ class _Run:
             if tensor.device.type == "cpu"
         ]
         blocks = self.accelerator.blocks(tensors)
-        mapped = {
-            tensor.data_ptr(): tensor.nbytes for tensor, block in zip(tensors, blocks, strict=True) if block < 0
-        }
+        mapped = {tensor.data_ptr(): tensor.nbytes for tensor, block in zip(tensors, blocks, strict=True) if block < 0}
         stats = self.sim.host_memory_stats()
         self.sim.reset_peak_host_memory_stats()
         self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + sum(mapped.values()))
@@ -453,7 +449,9 @@ class _Run:
             text_encoder_is_quantized=quantized, has_t5=bool(self._t5_encoders()) and recipe.dtype == "bfloat16"
         )
         if recipe.compilation:
-            said.append("torch.compile is not run: eager's peak stands for that of compiled code, which fuses operations.")
+            said.append(
+                "torch.compile is not run: eager's peak stands for that of compiled code, which fuses operations."
+            )
         return tuple(said)
 
     def _doubts(self, recipe: Recipe, peaks: Peaks) -> tuple[tuple[str, ...], tuple[str, ...]]:

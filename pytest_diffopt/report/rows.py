@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pytest
+
     from pytest_diffopt.checks.verdict import Verdict
+    from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
 
 RECIPE_PROPERTY = "diffopt_recipe"
@@ -19,20 +22,35 @@ ROW_PROPERTY = "diffopt_row"
 Row = dict[str, Any]
 
 
-def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *, source: str = "") -> Row:
+def source_of(item: pytest.Item) -> str:
+    """The file of a test, as its node id writes it."""
+    return item.nodeid.partition("::")[0]
+
+
+def row_of(
+    observation: Observation | None,
+    verdicts: Sequence[Verdict] = (),
+    *,
+    source: str = "",
+    recipe: str = "",
+    forecast: Forecast | None = None,
+) -> Row:
     """The figures of one recipe, plain data; what is not known is None.
 
     Args:
         observation: of the recipe; None where there is none.
         verdicts: those known, of the same recipe.
         source: where the recipe stands, so that equal names in two files stay apart.
+        recipe: its name, where neither an observation nor a verdict has it.
+        forecast: of the recipe with a full-size model; None where there is none.
 
     Returns:
         ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``load_peak_bytes``, ``peak_bytes`` (of the calls),
-        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``graphs``, ``breaks``, ``recompiles``, ``required_tolerance``, and
+        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``graphs``, ``breaks``, ``recompiles``, ``required_tolerance``,
+        ``forecast_bytes``, ``forecast_low_bytes``, ``forecast_high_bytes`` (the peak as forecast), ``forecast_model``, and
         ``statuses``: check → status.
     """
-    recipe = observation.name if observation is not None else next((v.recipe for v in verdicts), "")
+    recipe = observation.name if observation is not None else next((v.recipe for v in verdicts), recipe)
     required = (v.figures.get("required") for v in verdicts if v.check == "parity")
     row: Row = {
         "recipe": recipe,
@@ -47,6 +65,10 @@ def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *,
         "breaks": None,
         "recompiles": None,
         "required_tolerance": next((value for value in required if isinstance(value, int | float)), None),
+        "forecast_bytes": None,
+        "forecast_low_bytes": None,
+        "forecast_high_bytes": None,
+        "forecast_model": None,
         "statuses": {verdict.check: verdict.status for verdict in verdicts},
     }
     if observation is not None:
@@ -63,6 +85,13 @@ def row_of(observation: Observation | None, verdicts: Sequence[Verdict] = (), *,
             row["load_peak_bytes"] = memory.load_peak_bytes - memory.before_bytes
             if (transferred := memory.transferred_bytes) is not None:
                 row["h2d_bytes"], row["d2h_bytes"] = transferred
+    if forecast is not None:
+        row |= {
+            "forecast_bytes": forecast.peak.expected,
+            "forecast_low_bytes": forecast.peak.low,
+            "forecast_high_bytes": forecast.peak.high,
+            "forecast_model": forecast.model,
+        }
     return row
 
 

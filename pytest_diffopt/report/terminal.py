@@ -64,12 +64,14 @@ class RecipeReport:
         # an item counts once: at its call, or where its setup did not let it get there
         if about is None or not (report.when == "call" or (report.when == "setup" and not report.passed)):
             return
-        row = carried.get(ROW_PROPERTY) or {**row_of(None, source=about["source"]), "recipe": about["recipe"]}
+        properties: list[tuple[str, Any]] = list(report.user_properties)
+        rows = [row for name, row in properties if name == ROW_PROPERTY]
+        rows = rows or [row_of(None, source=about["source"], recipe=about["recipe"])]
         verdict = carried.get(VERDICT_PROPERTY)
         status = verdict["status"] if verdict else report.outcome
         if hasattr(report, "wasxfail"):
             status = "known"
-        self.rows.append({**row, "statuses": {about["check"]: status}})
+        self.rows += [{**row, "statuses": {about["check"]: status}} for row in rows]
         if status == "unverified":
             self.unverified.append((about["recipe"], about["check"], verdict["sentence"] if verdict else ""))
         if status == "skipped":
@@ -121,6 +123,11 @@ def _transfers(row: Row) -> str:
     return f"{_mebibytes(row['h2d_bytes'])} / {_mebibytes(row['d2h_bytes'])}"
 
 
+def _forecast(row: Row) -> str:
+    size = row.get("forecast_bytes")
+    return "-" if size is None else f"{size / 2**30:.2f} {row['forecast_model']}"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
 
@@ -130,6 +137,7 @@ _Column = Column[Row]
 _COLUMNS: tuple[_Column, ...] = (
     ("latency cold / warm (s)", _latency),
     ("peak memory load / call (MiB)", _peaks),
+    ("forecast (GiB)", _forecast),
     ("transfers in / out (MiB)", _transfers),
     ("graphs", lambda row: _number(row["graphs"])),
     ("breaks", lambda row: _number(row["breaks"])),
@@ -138,8 +146,12 @@ _COLUMNS: tuple[_Column, ...] = (
 )
 
 
-_LEAST_TELLING = tuple(_COLUMNS[place] for place in (2, 6, 0, 1, 3, 4, 5))
-_OF_MEMORY: dict[Callable[[Row], str], str] = {_peaks: "peak_bytes", _transfers: "h2d_bytes"}
+_LEAST_TELLING = tuple(_COLUMNS[place] for place in (3, 7, 0, 1, 4, 5, 6, 2))
+_OF_MEMORY: dict[Callable[[Row], str], str] = {
+    _peaks: "peak_bytes",
+    _forecast: "forecast_bytes",
+    _transfers: "h2d_bytes",
+}
 
 
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
@@ -149,7 +161,9 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
 
     names = [row["recipe"] for row in rows]
     columns = [
-        column for column in _COLUMNS if column[1] not in _OF_MEMORY or any(row[_OF_MEMORY[column[1]]] for row in rows)
+        column
+        for column in _COLUMNS
+        if column[1] not in _OF_MEMORY or any(row.get(_OF_MEMORY[column[1]]) for row in rows)
     ]
     table = new_table()
     names_width = min(max([len("recipe"), *(len(row["recipe"]) for row in rows)]), _NAME_WIDTH)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_diffopt import installation
+from pytest_diffopt.errors import DiffoptError, Problem, RecipeError
 from pytest_diffopt.installation import problems_with_installation
 from pytest_diffopt.recipe import Compilation, Offloading, Quantization, Recipe
 from pytest_diffopt.replicas import Family, Registry
@@ -153,3 +155,94 @@ def test_components_are_checked_with_no_library_imported() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+# Forecasts.
+
+
+def of_forecast(pipeline: Any = "tiny-flux", **budget: Any) -> list[str]:
+    return problems(pipeline, forecast={"max_memory": "16GiB", **budget})
+
+
+@pytest.mark.parametrize("model", ["flux.1-dev", "FLUX.1-Dev", "black-forest-labs/FLUX.1-dev"])
+def test_a_full_size_model_of_the_recipes_class_is_right(model: str) -> None:
+    assert of_forecast(model=model) == []
+    assert of_forecast(lambda: None, model=model, gpu="NVIDIA RTX 4090") == []
+
+
+def test_an_unknown_full_size_model_is_named_with_the_nearest() -> None:
+    (mistake,) = of_forecast(model="flux.1-def")
+    assert mistake.startswith(
+        "recipe.a.forecast.model: found 'flux.1-def'; did you mean 'flux.1-dev'? full-size models: flux.1-dev, "
+    )
+    assert mistake.endswith(", their hub ids, and directories with a pipeline's config files")
+
+
+def test_a_directory_that_lacks_a_config_file_is_named_with_what_it_lacks(tmp_path: Path) -> None:
+    (mistake,) = of_forecast(model=str(tmp_path))
+    assert mistake == (
+        f"recipe.a.forecast.model: found {str(tmp_path)!r}; The directory {str(tmp_path)!r} holds no diffusers pipeline: "
+        f"it lacks model_index.json."
+    )
+
+
+def test_a_model_may_be_left_out_where_the_pipeline_names_one() -> None:
+    assert of_forecast("black-forest-labs/FLUX.1-dev") == []
+    (mistake,) = of_forecast("tiny-flux")
+    assert mistake.startswith(
+        "recipe.a.forecast.model: found nothing; it must be given, since the pipeline 'tiny-flux' names none; "
+        "full-size models: flux.1-dev, "
+    )
+    (mistake,) = of_forecast(make_a_pipeline)
+    assert "found nothing; it must be given, since the pipeline test_installation:make_a_pipeline names none" in mistake
+
+
+def make_a_pipeline() -> None:
+    """A factory."""
+
+
+def test_a_model_of_another_class_than_the_recipes_pipeline_is_named_with_those_of_it() -> None:
+    assert of_forecast("tiny-flux", model="Wan-AI/Wan2.1-T2V-14B-Diffusers") == [
+        (
+            "recipe.a.forecast.model: found 'Wan-AI/Wan2.1-T2V-14B-Diffusers', a WanPipeline; "
+            "'tiny-flux' is a FluxPipeline; in full size there are: flux.1-dev, flux.1-schnell"
+        )
+    ]
+    assert of_forecast("tiny-sd", model="flux.1-dev") == [
+        (
+            "recipe.a.forecast.model: found 'flux.1-dev', a FluxPipeline; "
+            "'tiny-sd' is a StableDiffusionPipeline; in full size there are: none"
+        )
+    ]
+
+
+def test_an_unknown_card_is_named_with_the_nearest() -> None:
+    (mistake,) = of_forecast(model="flux.1-dev", gpu="rtx-4091")
+    assert mistake.startswith(
+        "recipe.a.forecast.gpu: found 'rtx-4091'; Did you mean 'rtx-4090'? There are rtx-3060-12gb, "
+    )
+
+
+def test_assumptions_are_checked_by_those_who_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def assumed(assume: Any) -> None:
+        asked.append(dict(assume))
+        if "torch" in assume:
+            raise DiffoptError("assume has no 'torch'.")
+        if "flash" in assume:
+            raise RecipeError([Problem("assume.flash", "3", "true or false")])
+
+    fake = types.ModuleType("pytest_diffopt.forecasting.assumptions")
+    fake.assumed = assumed  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    assert of_forecast(model="flux.1-dev") == []
+    assert asked == []
+    assert of_forecast(model="flux.1-dev", assume={"attention": "math"}) == []
+    assert of_forecast(model="flux.1-dev", assume={"torch": "3"}) == [
+        "recipe.a.forecast.assume: found {'torch': '3'}; assume has no 'torch'."
+    ]
+    assert of_forecast(model="flux.1-dev", assume={"flash": 3}) == [
+        "recipe.a.forecast.assume.flash: found 3; true or false"
+    ]
+    assert len(asked) == 3

@@ -77,6 +77,19 @@ def test_a_recipe_that_runs_again_fails_every_check_until_it_is_taken_out() -> N
     assert (told.status, told.sentence) == ("failed", "the recipe runs, though known_faults.run expects 'no data'")
 
 
+def test_a_forecast_has_a_fault_of_its_own_and_none_of_the_recipes_run() -> None:
+    takes_more = verdict("failed", "flux.1-dev peaks at 17.00 GiB: 16.00 GiB allowed", "forecast")
+    assert known_fault(recipe(forecast="peaks at 17"), takes_more, None) == "known fault: peaks at 17"
+    both = recipe(run="no data", forecast="peaks at 18")
+    assert known_fault(both, takes_more, None) == ""
+    assert against_known_faults(both, takes_more, None).evidence == (
+        "known_faults.forecast expects 'peaks at 18', which this is not",
+    )
+    fits = verdict("passed", "it fits", "forecast")
+    assert against_known_faults(recipe(run="no data"), fits, None) == fits
+    assert against_known_faults(recipe(run="no data"), takes_more, None) == takes_more
+
+
 def test_they_change_nothing_of_what_is_observed() -> None:
     assert recipe(memory="x").content_hash == recipe().content_hash
     assert recipe(memory="x") != recipe()

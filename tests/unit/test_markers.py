@@ -19,6 +19,7 @@ from pytest_diffopt.markers import (
     Recipes,
     RequiresGpu,
     compile_fullgraph,
+    max_memory,
     max_recompiles,
     quantization,
     recipes,
@@ -65,6 +66,16 @@ SIM = Simulated("sim", "simulated", 8 * GIB)
         (lambda: requires_gpu(backends="cpu"), "requires_gpu: backends: found 'cpu'."),
         (lambda: requires_gpu(backends=()), "requires_gpu: backends: found ()."),
         (lambda: requires_gpu(simulated="yes"), "requires_gpu: simulated: found 'yes'."),
+        (
+            lambda: max_memory("16GiB", forecast=False),
+            (
+                'max_memory: forecast: found False. It takes: limit ("12GiB", or bytes), '
+                "forecast (a full-size model's name, or True for the one that the recipe names)."
+            ),
+        ),
+        (lambda: max_memory("16GiB", forecast=" "), "max_memory: forecast: found ' '."),
+        (lambda: max_memory("16GiB", forecast=1), "max_memory: forecast: found 1."),
+        (lambda: max_memory(forecast="flux.1-dev"), "max_memory needs 'limit'."),
         (lambda: recipes(), "recipes needs at least one recipe."),
         (lambda: recipes(3), "recipes: found 3. It takes: Recipe objects, and paths of *.recipes.toml files."),
         (lambda: recipes("a.recipes.toml", ids=[1]), "recipes has no argument 'ids'."),

@@ -21,6 +21,7 @@ from pytest_diffopt.recipe import (
     Call,
     Compilation,
     Contract,
+    ForecastBudget,
     Offloading,
     Quantization,
     Recipe,
@@ -177,7 +178,8 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         ),
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
-            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults"
+            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
+            "forecast"
         ),
     ]
 
@@ -193,10 +195,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijkl") == [
+    assert mistakes(Recipe, *"abcdefghijklm") == [
         (
-            "Recipe: found 12 positional arguments; it takes 11: "
-            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults"
+            "Recipe: found 13 positional arguments; it takes 12: "
+            "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
+            "forecast"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]
@@ -604,6 +607,18 @@ _PART_CHANGES: dict[type[Any], tuple[dict[str, Any], dict[str, Any]]] = {
             "inputs": {"a": 1},
         },
     ),
+    ForecastBudget: (
+        {"max_memory": "1GiB"},
+        {
+            "model": "flux.1-dev",
+            "max_memory": "2GiB",
+            "gpu": "t4",
+            "sizes": [8, 8],
+            "num_inference_steps": 4,
+            "assume": {"a": 1},
+            "kwargs": {"a": 1},
+        },
+    ),
 }
 
 
@@ -818,3 +833,60 @@ def test_a_models_inputs_may_be_named_in_a_file(tmp_path: Path, monkeypatch: pyt
         Call(inputs="made_here:nothing").model_inputs(0)
     with pytest.raises(RecipeError, match=r"inputs: found 'not a reference'; a table of keyword arguments, a list"):
         Call(inputs="not a reference")
+
+
+# The forecast.
+
+
+def test_a_forecast_is_a_part_like_the_others_and_changes_nothing_that_is_observed() -> None:
+    budget = ForecastBudget("flux.1-dev", "16GiB", "rtx-4090", [1024, 1024], 28, {"a": [1]}, {"guidance_scale": 3.5})
+    given_as_a_table = {
+        "model": "flux.1-dev",
+        "max_memory": "16GiB",
+        "gpu": "rtx-4090",
+        "sizes": [[1024, 1024]],
+        "num_inference_steps": 28,
+        "assume": {"a": [1]},
+        "kwargs": {"guidance_scale": 3.5},
+    }
+    recipe = full().replace(forecast=given_as_a_table)
+    assert recipe.forecast == budget
+    assert recipe != full()
+    assert recipe.content_hash == full().content_hash
+    assert loads_recipes(recipe.to_toml()) == {"flux": recipe}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.without("quantization", "offloading", "compilation", "dynamo").forecast == budget
+
+
+def test_every_mistake_in_a_forecast_is_named() -> None:
+    table = {
+        "model": "",
+        "max_memory": "16 gigs",
+        "gpu": 4090,
+        "sizes": [1024],
+        "num_inference_steps": 0,
+        "assume": 3,
+        "kwargs": [1],
+        "steps": 4,
+    }
+    sizes = "(height, width) or (height, width, frames), positive ints; or a list of these"
+    units = "write bytes as an int, or a number with one of: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+    keys = "model, max_memory, gpu, sizes, num_inference_steps, assume, kwargs"
+    assert mistakes(Recipe, "a", "tiny", forecast=table) == [
+        "forecast.model: found ''; a string that is not empty",
+        f"forecast.max_memory: found '16 gigs'; {units}",
+        "forecast.gpu: found 4090; a string",
+        f"forecast.sizes: found [1024]; {sizes}",
+        "forecast.num_inference_steps: found 0; an int >= 1",
+        "forecast.assume: found 3; a table",
+        "forecast.kwargs: found [1]; a table",
+        f"forecast.steps: found an unknown key; allowed keys: {keys}",
+    ]
+    assert mistakes(Recipe, "a", "tiny", forecast=16) == [f"forecast: found 16; a table of: {keys}"]
+
+
+def test_a_forecast_promises_a_limit_or_a_card() -> None:
+    nothing = "found nothing; max_memory, gpu or both must be given: what the full-size recipe may take"
+    assert mistakes(ForecastBudget, "flux.1-dev") == [f"max_memory: {nothing}"]
+    assert mistakes(Recipe, "a", "tiny", forecast={}) == [f"forecast.max_memory: {nothing}"]
+    assert ForecastBudget(gpu="t4").max_memory is None

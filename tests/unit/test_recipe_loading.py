@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_diffopt.errors import RecipeError
-from pytest_diffopt.recipe import Call, Compilation, Offloading, Quantization, Recipe
+from pytest_diffopt.recipe import Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
 from pytest_diffopt.recipe_loading import load_recipes, loads_recipes
 
 LADDER = """
@@ -211,7 +211,7 @@ def test_all_mistakes_of_a_file_are_named_in_the_order_of_its_recipes(tmp_path: 
             (
                 "  recipe.base.name: found an unknown key; allowed keys: "
                 "extends, without, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, "
-                "order, known_faults"
+                "order, known_faults, forecast"
             ),
         ]
     )
@@ -312,7 +312,7 @@ def test_what_an_unknown_parent_may_have_given_is_not_missed() -> None:
             (
                 "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
                 "extends, without, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, "
-                "order, known_faults"
+                "order, known_faults, forecast"
             ),
         ),
         ("compilation = ['unet']", "compilation[0]: found 'unet'; a table of: component, scope, backend, mode, "),
@@ -401,3 +401,29 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.recipes.toml"
     path.write_bytes(b"")
     assert mistakes_of_file(path) == [f"{path}: found an empty file; at least one table [recipe.NAME]"]
+
+
+def test_a_forecast_is_inherited_key_by_key() -> None:
+    recipes = loads_recipes("""
+    [recipe.a]
+    pipeline = "tiny-flux"
+    [recipe.a.forecast]
+    model = "flux.1-dev"
+    max_memory = "16GiB"
+    kwargs = { guidance_scale = 3.5 }
+    [recipe.b]
+    extends = "a"
+    forecast = { max_memory = "12GiB", kwargs = { max_sequence_length = 256 } }
+    [recipe.c]
+    extends = "b"
+    without = "quantization"
+    """)
+    kwargs = {"guidance_scale": 3.5, "max_sequence_length": 256}
+    assert recipes["b"].forecast == ForecastBudget("flux.1-dev", "12GiB", kwargs=kwargs)
+    assert recipes["c"].forecast == recipes["b"].forecast
+
+
+def test_a_forecast_that_promises_nothing_is_a_mistake_where_it_stands() -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads_recipes('[recipe.a]\npipeline = "p"\nforecast = { model = "flux.1-dev" }\n[recipe.b]\nextends = "a"\n')
+    assert [problem.path for problem in caught.value.problems] == ["recipe.a.forecast.max_memory"]

@@ -24,6 +24,7 @@ from pytest_diffopt.options import Settings
 from pytest_diffopt.report.progress import ProgressLine
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, merged, row_of, verdict_text
 from pytest_diffopt.report.terminal import RecipeReport, status_of, table_lines
+from tests.made_forecasts import GIB, made
 
 PLACE = Place("toy.py", 10, "Toy.forward")
 
@@ -71,6 +72,10 @@ def test_a_row_has_the_figures_of_its_observation() -> None:
         "breaks": 1,
         "recompiles": 1,
         "required_tolerance": 0.003,
+        "forecast_bytes": None,
+        "forecast_low_bytes": None,
+        "forecast_high_bytes": None,
+        "forecast_model": None,
         "statuses": {"parity": "passed", "recompiles": "failed"},
     }
     assert json.loads(json.dumps(row)) == row
@@ -116,6 +121,33 @@ def test_the_peak_has_a_column_where_it_is_known_of_any() -> None:
     assert "peak memory" in header
     assert first.split()[4] == "-"
     assert "0.0 / 3072.0" in second
+
+
+def test_a_forecast_has_a_column_with_its_model_where_there_is_one() -> None:
+    row = row_of(None, [], recipe="flux", forecast=made())
+    assert json.loads(json.dumps(row)) == row
+    figures = (row["forecast_low_bytes"], row["forecast_bytes"], row["forecast_high_bytes"], row["forecast_model"])
+    assert figures == (int(14.5 * GIB), 15 * GIB, int(15.5 * GIB), "flux.1-dev")
+    rows = merged([row_of(observation(peak_bytes=2**20), []), row, row_of(observation("other"), [])])
+    header, _, flux, other = table_lines(rows, width=160, color=False)
+    assert "forecast (GiB)" in header
+    assert "0.0 / 1.0" in flux
+    assert "15.00 flux.1-dev" in flux
+    assert other.split()[:8] == ["other", "12.3", "/", "0.50", "-", "/", "-", "-"]
+    del row["forecast_bytes"]  # a row that an older worker sent
+    assert "forecast" not in table_lines([row], width=160, color=False)[0]
+
+
+def test_an_item_that_was_observed_and_forecast_is_one_row_with_both() -> None:
+    gathered = RecipeReport(Settings())
+    one = report("test_a", None)
+    one.user_properties += [
+        (ROW_PROPERTY, row_of(observation(), source="f")),
+        (ROW_PROPERTY, row_of(None, source="f", recipe="flux", forecast=made())),
+    ]
+    gathered.add(one)
+    (row,) = merged(gathered.rows)
+    assert (row["graphs"], row["forecast_model"], row["statuses"]) == (2, "flux.1-dev", {"test_a": "passed"})
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -270,20 +270,19 @@ def _every_element(name: str) -> None:
 
 def _nonzero(self: torch.Tensor) -> torch.Tensor:
     _every_element("aten::nonzero")
-    return torch.empty((self.numel(), self.dim()), dtype=torch.long, device=self.device)
+    return _longs(self, self.numel(), self.dim())
 
 
 def _masked_select(self: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     _every_element("aten::masked_select")
-    size = torch.broadcast_shapes(self.shape, mask.shape).numel()
-    return torch.empty((size,), dtype=self.dtype, device=self.device)
+    return self.new_empty((torch.broadcast_shapes(self.shape, mask.shape).numel(),))
 
 
 def _unique(
     self: torch.Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _every_element("aten::_unique2")
-    return _uniques(self, self.shape if return_inverse else (0,), return_counts)
+    return _uniques(self, return_inverse, return_counts)
 
 
 def _unique_consecutive(
@@ -291,25 +290,25 @@ def _unique_consecutive(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _every_element("aten::unique_consecutive")
     if dim is None:
-        return _uniques(self, self.shape if return_inverse else (0,), return_counts)
-    along = (self.shape[dim],)
-    of_long = {"dtype": torch.long, "device": self.device}
+        return _uniques(self, return_inverse, return_counts)
+    along = self.shape[dim]
     return (
-        torch.empty(self.shape, dtype=self.dtype, device=self.device),
-        torch.empty(along if return_inverse else (0,), **of_long),
-        torch.empty(along if return_counts else (0,), **of_long),
+        self.new_empty(self.shape),
+        _longs(self, along if return_inverse else 0),
+        _longs(self, along if return_counts else 0),
     )
 
 
-def _uniques(
-    self: torch.Tensor, inverse: Sequence[int], counts: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_long = {"dtype": torch.long, "device": self.device}
+def _uniques(self: torch.Tensor, inverse: bool, counts: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        torch.empty((self.numel(),), dtype=self.dtype, device=self.device),
-        torch.empty(tuple(inverse), **of_long),
-        torch.empty((self.numel() if counts else 0,), **of_long),
+        self.new_empty((self.numel(),)),
+        _longs(self, *(self.shape if inverse else (0,))),
+        _longs(self, self.numel() if counts else 0),
     )
+
+
+def _longs(like: torch.Tensor, *size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.long, device=like.device)
 
 
 def _native_layer_norm(
