@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
+import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+from pytest_diffopt.replicas.checkpoint import DTYPES
 
 ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
 """Of transformers: tensors are read by one thread, so that what is loaded first does not depend on the machine."""
@@ -16,18 +24,19 @@ ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
 def in_order(begins: Callable[[str], object], ends: Callable[[str], object]) -> Iterator[None]:
     """Load the components of pipelines one after the other, in the order of the pipeline's own arguments.
 
-    The libraries load them in the order of a set, which differs between processes.
+    The libraries load them in the order of a set, which differs between processes. Files are mapped and never read.
 
     Args:
         begins, ends: told the name of each component that is loaded.
     """
+    import safetensors
     from diffusers import DiffusionPipeline
     from diffusers.pipelines import pipeline_utils
 
     extract: Any = DiffusionPipeline.extract_init_dict.__func__
     load = pipeline_utils.load_sub_model
 
-    def extract_in_order(cls: Any, config_dict: Any, **kwargs: Any) -> Any:
+    def extract_in_order(cls: Any, /, config_dict: Any, **kwargs: Any) -> Any:
         found, *rest = extract(cls, config_dict, **kwargs)
         order = list(inspect.signature(cls.__init__).parameters)
         return ({name: found[name] for name in sorted(found, key=order.index)}, *rest)
@@ -40,15 +49,80 @@ def in_order(begins: Callable[[str], object], ends: Callable[[str], object]) -> 
         finally:
             ends(name)
 
+    opened: Any = safetensors.safe_open
+
+    def open_mapped(filename: Any, framework: Any = "pt", device: Any = "cpu", **_: Any) -> MappedFile:
+        return MappedFile(opened(filename, framework, "cpu"), Path(filename), device)
+
     before = os.environ.get(ONE_AT_A_TIME)
     with contextlib.ExitStack() as stack:
         os.environ[ONE_AT_A_TIME] = "1"
         stack.callback(_give_back, before)
         DiffusionPipeline.extract_init_dict = classmethod(extract_in_order)
         stack.callback(delattr, DiffusionPipeline, "extract_init_dict")  # it was inherited
+        stack.callback(exchange_everywhere, "safe_open", open_mapped, opened)
+        exchange_everywhere("safe_open", opened, open_mapped)
         pipeline_utils.load_sub_model = load_and_tell
         stack.callback(setattr, pipeline_utils, "load_sub_model", load)
         yield
+
+
+READ_BYTES = 1 << 20
+"""Tensors of at most so many bytes are not mapped: they may be read."""
+
+
+class MappedFile:
+    """An open file whose weights are a hole: large tensors are mapped and never read, small ones are noughts as in the hole.
+
+    safetensors tells the system to read each tensor ahead, and a system that is asked for one page of a hole reads some
+    megabytes: for 30 GB of holes that takes half a minute, and memory.
+    """
+
+    def __init__(self, file: Any, path: Path, device: Any) -> None:
+        self._file, self._device = file, device
+        self._storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        with path.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            self._header: dict[str, Any] = json.loads(opened.read(length))
+        self._begin = 8 + length
+
+    def __enter__(self) -> MappedFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.__exit__(*exception)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        entry = self._header[name]
+        first, last = (self._begin + offset for offset in entry["data_offsets"])
+        dtype, shape = getattr(torch, DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        if last - first <= READ_BYTES:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        empty = torch.empty(0, dtype=dtype)
+        return empty.set_(self._storage[first:last], 0, shape).to(self._device)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118
+
+    def get_slice(self, name: str) -> MappedSlice:
+        return MappedSlice(self._file.get_slice(name), lambda: self.get_tensor(name))
+
+
+class MappedSlice:
+    """A tensor of a mapped file, of which a part may be asked for."""
+
+    def __init__(self, part: Any, tensor: Callable[[], torch.Tensor]) -> None:
+        self._part, self._tensor = part, tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
 
 
 def _give_back(value: str | None) -> None:

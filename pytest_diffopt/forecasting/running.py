@@ -24,7 +24,7 @@ from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
 from pytest_diffopt.forecasting.generations import GENERATIONS, Generation, generation
-from pytest_diffopt.forecasting.peaks import CALL, LOAD, PLACE, Peaks, live_at, peaks_of, read_by_the_host
+from pytest_diffopt.forecasting.peaks import CALL, PLACE, Peaks, live_at, peaks_of, read_by_the_host
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
 from pytest_diffopt.observation.outputs import OutputRecorder

@@ -24,7 +24,7 @@ PUBLISHED_SHARD_BYTES: Mapping[str, int] = {"diffusers": 10 * 10**9, "transforme
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
-# The names of dtypes in the format: safetensors, docs/source/metadata_parsing.mdx.
+# Source of the names: safetensors, docs/source/metadata_parsing.mdx.
 _FORMAT_DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -37,6 +37,9 @@ _FORMAT_DTYPES = {
     "float32": "F32",
     "float64": "F64",
 }
+
+DTYPES: Mapping[str, str] = {written: name for name, written in _FORMAT_DTYPES.items()}
+"""The name of a dtype in the format of safetensors → torch's."""
 
 
 def write_checkpoint(

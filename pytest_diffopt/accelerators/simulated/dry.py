@@ -207,9 +207,9 @@ class _Standing:
             arguments = re.sub(r"\((?:[a-z*]+!?|[a-z*]+ ?->[^)]*)\)", "", rest.rsplit(") -> ", 1)[0])
             rest = f"Tensor[] results, {arguments}) -> int[]"
         library = torch.library.Library(_LIBRARY, "FRAGMENT")  # type: ignore[no-untyped-call]
-        library.define(f"{mangled}({rest}")
+        library.define(f"{mangled}({rest}")  # type: ignore[no-untyped-call]
         call: Function = _kernel_of(rules) if kind == "kernel" else _cost_of(rules)
-        library.impl(mangled, call, "CompositeExplicitAutograd")
+        library.impl(mangled, call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         return library
 
 
@@ -275,7 +275,8 @@ def _nonzero(self: torch.Tensor) -> torch.Tensor:
 
 def _masked_select(self: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     _every_element("aten::masked_select")
-    return self.new_empty((torch.broadcast_shapes(self.shape, mask.shape).numel(),))
+    size: torch.Size = torch.broadcast_shapes(self.shape, mask.shape)  # type: ignore[no-untyped-call]
+    return self.new_empty((size.numel(),))
 
 
 def _unique(

@@ -108,14 +108,15 @@ def _adapt_safe_open(safetensors: types.ModuleType, borrowed: contextlib.ExitSta
             return original(filename, framework, device, **kwargs)
         return _FileForSim(original(filename, framework, "cpu", **kwargs), device)
 
-    def exchange(old: Any, new: Any) -> None:
-        for module in list(sys.modules.values()):
-            # whoever imported it by its name holds it too, and whoever is imported in here will
-            if getattr(module, "__dict__", {}).get("safe_open") is old:
-                module.safe_open = new  # type: ignore[attr-defined]
+    borrowed.callback(exchange_everywhere, "safe_open", safe_open, original)
+    exchange_everywhere("safe_open", original, safe_open)
 
-    borrowed.callback(exchange, safe_open, original)
-    exchange(original, safe_open)
+
+def exchange_everywhere(name: str, old: Any, new: Any) -> None:
+    """Whoever imported ``old`` by its name holds ``new`` instead, and whoever is imported from now on will."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
 
 
 OTHERS: dict[str, tuple[Callable[[types.ModuleType, contextlib.ExitStack], None], ...]] = {
