@@ -68,8 +68,8 @@ _GENERATIONS = (
     Generation("turing", (7, 5), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
     Generation("ampere", (8, 0), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
     Generation("ada", (8, 9), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
-    Generation("hopper", (9, 0), _LARGE_CUBLAS, (1.0, 3.4, 4.0)),
-    Generation("blackwell", (12, 0), _LARGE_CUBLAS, (0.0, 1.0, 4.0)),
+    Generation("hopper", (9, 0), _LARGE_CUBLAS, (0.6, 1.0, 1.5)),
+    Generation("blackwell", (12, 0), _LARGE_CUBLAS, (0.0, 1.0, 2.0)),
 )
 
 GENERATIONS: Mapping[str, Generation] = MappingProxyType({one.name: one for one in _GENERATIONS})

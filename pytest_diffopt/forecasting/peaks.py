@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -115,18 +115,21 @@ def live_at(
     return tuple(sorted(alive, key=lambda one: (-one.bytes, one.component, one.module, one.operation)))
 
 
-def read_by_the_host(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> tuple[tuple[str, int], ...]:
-    """(component that made it, bytes of its block) of what calls copied to the host and is no weight, each once."""
+def read_by_the_host(
+    events: Sequence[AllocationEvent], marks: Sequence[Mark], read: Iterable[int]
+) -> tuple[tuple[str, str, int], ...]:
+    """(component, operation that made it, bytes of its block) of what the host was given and is no weight, each once.
+
+    Args:
+        read: blocks that nobody computed and the host got a copy of, those of weights among them.
+    """
     owners = owners_of(events, marks)
-    found: dict[tuple[str, int], None] = {}
     births = {event.block: index for index, event in enumerate(events) if event.bytes > 0}
-    for event in events:
-        is_copy = not (event.bytes or event.low or event.high)
-        if not is_copy or event.source not in births or event.block in births:
-            continue
-        index = births[event.source]
-        if owners[index].kind != "weights" and marks[event.mark].phase.startswith(CALL):
-            found[(marks[events[index].mark].component, events[index].bytes)] = None
+    found: dict[tuple[str, str, int], None] = {}
+    for block in read:
+        index = births.get(block)
+        if index is not None and owners[index].kind != "weights" and marks[events[index].mark].phase.startswith(CALL):
+            found[(marks[events[index].mark].component, events[index].operation, events[index].bytes)] = None
     return tuple(found)
 
 

@@ -192,6 +192,7 @@ class _Run:
         self.ledger = ResidencyLedger(self.accelerator)
         self.phase = "loading"
         self.guesses: tuple[str, ...] = ()
+        self.read: tuple[int, ...] = ()
         self.parameters: dict[str, int] = {}
         self.weights_bytes: dict[str, int] = {}
         self.host_bytes = self.pinned_bytes = self.h2d_bytes = self.d2h_bytes = 0
@@ -225,7 +226,7 @@ class _Run:
                 except Exception as error:
                     raise ForecastError(self._stopped(error)) from error
                 finally:
-                    self.guesses = dry.guesses
+                    self.guesses, self.read = dry.guesses, dry.blocks_read
                     self._workspace = None
             gc.collect()
             self.accelerator.empty_cache()
@@ -246,8 +247,9 @@ class _Run:
             finally:
                 prepared.release()
         finally:
-            for at in ("low", "expected", "high"):
-                self.reserved = _with(self.reserved, at, self.sim.replay_reserved_memory(at))
+            low, expected, high = (self.sim.replay_reserved_memory(at) for at in ("low", "expected", "high"))
+            # less may be worse: other blocks are cut otherwise
+            self.reserved = Estimate(min(low, expected, high), expected, max(low, expected, high))
             self.ledger.close()
 
     def _loads(self, component: str) -> None:
@@ -469,11 +471,11 @@ class _Run:
                 )
         wide += self.guesses
         unknown = []
-        for component, size in read_by_the_host(self.ledger.events, self.ledger.marks):
+        for component, operation, size in read_by_the_host(self.ledger.events, self.ledger.marks, self.read):
             if size <= CONTROL_BYTES:
                 unknown.append(
-                    f"The host reads {size} bytes that {component or 'the pipeline'} computed; "
-                    f"what it does with them is not known."
+                    f"The host reads what {component or 'the pipeline'} computed (by {operation}, {size} bytes); "
+                    f"what it does for other values is not known."
                 )
         return tuple(wide), tuple(unknown)
 
@@ -484,11 +486,6 @@ def _numbers(cost: Callable[..., Estimate]) -> Callable[..., list[int]]:
         return [found.low, found.expected, found.high]
 
     return three
-
-
-def _with(estimate: Estimate, name: str, value: int) -> Estimate:
-    numbers = {"low": estimate.low, "expected": estimate.expected, "high": estimate.high, name: value}
-    return Estimate(**numbers)
 
 
 __all__ = ["DEFAULT_GENERATION", "GENERATIONS", "forecast"]

@@ -80,7 +80,7 @@ class dry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._guesses = self.guesses
+        self._guesses, self._read = self.guesses, self.blocks_read
         _ops.set_dry(*self._before)
         self._remove_rules()
 
@@ -89,7 +89,13 @@ class dry:
         """Where a size depended on values that nobody knows, and the most was taken; each in words."""
         return tuple(_ops.guesses()) if _ops.dry() else self._guesses
 
+    @property
+    def blocks_read(self) -> tuple[int, ...]:
+        """The numbers (see ``torch.sim.memory_blocks``) of hollow blocks that were copied to the host: it got noughts."""
+        return tuple(_ops.blocks_read()) if _ops.dry() else self._read
+
     _guesses: tuple[str, ...] = ()
+    _read: tuple[int, ...] = ()
 
     def _remove_rules(self) -> None:
         while self._rules:

@@ -31,6 +31,7 @@ struct Shared {
   std::mutex lock;
   std::map<Key, std::optional<c10::OperatorHandle>, Before> rules;  // those that were looked for, found or not
   std::vector<std::string> guesses;
+  std::vector<int64_t> read;
   std::map<std::pair<std::string, std::string>, c10::RegistrationHandleRAII> intercepted;
 };
 Shared& shared() {
@@ -67,6 +68,7 @@ void set_dry(bool on, int64_t real_bytes) {
   if (on && !dry()) {
     std::lock_guard<std::mutex> held(shared().lock);
     shared().guesses.clear();
+    shared().read.clear();
   }
   g_real_bytes = real_bytes;
   g_dry = on;
@@ -167,6 +169,16 @@ void note_guess(std::string guess) {
   for (const auto& known : the.guesses)
     if (known == guess) return;
   the.guesses.push_back(std::move(guess));
+}
+
+void note_read(int64_t block) {
+  std::lock_guard<std::mutex> held(shared().lock);
+  shared().read.push_back(block);
+}
+
+std::vector<int64_t> blocks_read() {
+  std::lock_guard<std::mutex> held(shared().lock);
+  return shared().read;
 }
 
 std::vector<std::string> guesses() {

@@ -59,6 +59,10 @@ void charge_cost(
     const c10::OperatorHandle& rule, int device, const std::vector<at::Tensor>& results,
     std::vector<c10::IValue> arguments);
 
+// The host was given a copy of a block that nobody computed.
+void note_read(int64_t block);
+std::vector<int64_t> blocks_read();
+
 // Where a size or value is not known, the most was taken: said in words, so that whoever reads the bytes knows.
 void note_guess(std::string guess);
 std::vector<std::string> guesses();

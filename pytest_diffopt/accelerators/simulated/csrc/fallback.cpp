@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/IListRef.h>
+#include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -70,7 +71,7 @@ class DrawsOf {
 };
 
 // Advanced indexing by a mask takes as many rows as the mask has ones: where nobody knows how many, it takes all.
-void take_every_row(const c10::OperatorHandle& op, c10::IValue& indices) {
+void count_rows(const c10::OperatorHandle& op, c10::IValue& indices) {
   c10::List<std::optional<at::Tensor>> taken;
   for (const auto& index : indices.toOptionalTensorVector()) {
     const bool mask = index.has_value() && index->defined() &&
@@ -79,9 +80,16 @@ void take_every_row(const c10::OperatorHandle& op, c10::IValue& indices) {
       taken.push_back(index);
       continue;
     }
-    note_guess(toString(op.operator_name()) + " by a mask: every element of the mask was taken");
+    int64_t rows = index->numel();
+    if (hollow(*index)) {
+      note_guess(toString(op.operator_name()) + " by a mask: every element of the mask was taken");
+    } else {
+      Aliases aliases;
+      KernelScope kernel;
+      rows = at::count_nonzero(on_sim(*index) ? aliases.host(*index) : *index).item<int64_t>();
+    }
     for (int64_t dimension = 0; dimension < index->dim(); dimension++)
-      taken.push_back(at::empty({index->numel()}, at::TensorOptions(at::kLong).device(c10::DeviceType::Meta)));
+      taken.push_back(at::empty({rows}, at::TensorOptions(at::kLong).device(c10::DeviceType::Meta)));
   }
   indices = std::move(taken);
 }
@@ -173,7 +181,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       run_rule(*rule, op, stack, first);
       return;
     }
-    if (takes_host_indices(op.operator_name().name)) take_every_row(op, (*stack)[first + 1]);
+    if (takes_host_indices(op.operator_name().name)) count_rows(op, (*stack)[first + 1]);
   }
   std::optional<c10::OperatorHandle> cost;
   std::vector<c10::IValue> arguments;

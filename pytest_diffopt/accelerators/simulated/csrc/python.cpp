@@ -48,6 +48,7 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("forget_rules", []() { forget_rules(); });
   m.def("intercept", [](std::string name, std::string overload) { intercept(name, overload); });
   m.def("stop_intercepting", [](std::string name, std::string overload) { stop_intercepting(name, overload); });
+  m.def("blocks_read", []() -> std::vector<int64_t> { return blocks_read(); });
   m.def("note_guess", [](std::string guess) { note_guess(std::move(guess)); });
   m.def("guesses", []() -> std::vector<std::string> { return guesses(); });
   // Held now and at most; of it, pinned.
