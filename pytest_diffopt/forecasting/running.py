@@ -65,6 +65,7 @@ def forecast(
     assume: Mapping[str, object] | None = None,
     kwargs: Mapping[str, object] | None = None,
     progress: Callable[[str], None] | None = None,
+    modify: Callable[[Any], object] | None = None,
 ) -> Forecast:
     """What a recipe takes with a full-size model: peaks, what makes them, and how sure they are. No GPU, no weights.
 
@@ -83,6 +84,8 @@ def forecast(
         assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
         kwargs: further keyword arguments of the calls, over the recipe's.
         progress: told in a few words what is done.
+        modify: called with the pipeline once it is loaded, before it is placed: for what a recipe cannot say, such as
+            ``pipeline.transformer.enable_cache(...)``.
 
     Raises:
         ReplicaError: the model is unknown, or not given where the recipe names none.
@@ -102,7 +105,7 @@ def forecast(
     say = progress or (lambda words: None)
     with quietly():
         import_libraries()
-    run = _Run(full, description, assumptions, on, say)
+    run = _Run(full, description, assumptions, on, say, modify)
     with borrowed_state(reset_compiler=False), quietly():
         run.everything()
     return run.forecast(recipe, time.perf_counter() - begun, gpu)
@@ -186,7 +189,9 @@ class _Run:
         assumptions: Assumptions,
         on: Generation,
         say: Callable[[str], None],
+        modify: Callable[[Any], object] | None = None,
     ) -> None:
+        self.modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
         self.accelerator: Accelerator = select("sim")
         self.ledger = ResidencyLedger(self.accelerator)
@@ -197,6 +202,9 @@ class _Run:
         self.weights_bytes: dict[str, int] = {}
         self.host_bytes = self.pinned_bytes = self.h2d_bytes = self.d2h_bytes = 0
         self.reserved = Estimate(0, 0, 0)
+        self.last_runs: dict[
+            str, tuple[int, int, int]
+        ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
         self._running: list[str] = []
         self._workspace: torch.Tensor | None = None
@@ -264,6 +272,8 @@ class _Run:
         prepared.default_size = self.description.default_size
         for name, module in prepared.components.items():
             self.weights_bytes[name] = sum({id(tensor): tensor.nbytes for _, tensor in weights_of(module)}.values())
+        if self.modify is not None:
+            self.modify(prepared.pipeline)
         self.phase = "placing"
         self.say(self.phase)
         self.ledger.phase(PLACE)
@@ -280,6 +290,7 @@ class _Run:
                 if self.assumptions.cublas_workspace and self._workspace is None:
                     size = self.on.cublas_workspace_bytes
                     self._workspace = torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
+                self.last_runs = {}
                 before = self.accelerator.transferred_bytes() or {}
                 prepared.run(prepared.arguments(call))
                 after = self.accelerator.transferred_bytes() or {}
@@ -294,12 +305,14 @@ class _Run:
         from torch.nn.modules import module as hooks
 
         said = ""
+        begun: list[dict[str, int]] = []
 
         def begins(module: torch.nn.Module, _args: Any) -> None:
             nonlocal said
             component, path = self._names.get(id(module), ("", ""))
             if component and not path:
                 self._running.append(component)
+                begun.append(self.accelerator.transferred_bytes() or {})
                 if component != said:
                     said = component
                     self.say(f"{self.phase}: {component}")
@@ -309,6 +322,9 @@ class _Run:
             component, path = self._names.get(id(module), ("", ""))
             if component and not path and self._running:
                 self._running.pop()
+                now, before = self.accelerator.transferred_bytes() or {}, begun.pop()
+                runs = self.last_runs.get(component, (0,))[0] + 1
+                self.last_runs[component] = (runs, now["h2d"] - before["h2d"], now["d2h"] - before["d2h"])
             self.ledger.module_left()
 
         first = hooks.register_module_forward_pre_hook(begins)
@@ -429,6 +445,8 @@ class _Run:
             pinned_bytes=self.pinned_bytes,
             h2d_bytes=self.h2d_bytes,
             d2h_bytes=self.d2h_bytes,
+            step_h2d_bytes=self._of_a_step(1),
+            step_d2h_bytes=self._of_a_step(2),
             assumptions=self._assumed(recipe, gpu),
             wide=wide,
             unknown=unknown,
@@ -437,6 +455,11 @@ class _Run:
             seconds=seconds,
             residency=self.ledger.record,
         )
+
+    def _of_a_step(self, way: int) -> int:
+        """What the components that run at every step moved at the last one; one that runs twice a step counts twice."""
+        steps = self.recipe.call.num_inference_steps
+        return sum(run[way] * (run[0] // steps) for run in self.last_runs.values())
 
     def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
         libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES if name != "pytest-diffopt")
