@@ -139,7 +139,7 @@ def test_a_cache_that_decides_by_values_is_refused_with_where(told: Told) -> Non
     def first_block(pipeline: Any) -> None:
         pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
 
-    with pytest.raises(ForecastError, match="flux on flux.1-dev stopped in the call.*the value of a tensor is needed"):
+    with pytest.raises(ForecastError, match=r"flux on flux.1-dev stopped in the call.*the value of a tensor is needed"):
         forecast(FLUX, "flux.1-dev", modify=first_block)
 
 
@@ -149,5 +149,5 @@ def test_what_modifies_the_pipeline_and_raises_says_where() -> None:
     def wrong(pipeline: Any) -> None:
         raise KeyError("nothing of that name")
 
-    with pytest.raises(ForecastError, match="stopped in loading.*nothing of that name"):
+    with pytest.raises(ForecastError, match=r"stopped in loading.*nothing of that name"):
         forecast(FLUX, "flux.1-dev", modify=wrong)

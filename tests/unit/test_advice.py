@@ -1,4 +1,4 @@
-"""The ladder of recipes: which rungs there are, in which order, when it stops; and what the command says, writes and returns."""
+"""The ladder of recipes: which rungs there are, in which order, when it stops; what the command says, writes and returns."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_rungs_are_ordered_by_what_they_move_then_by_overlap_quantization_and_ti
         Cost(22 * GIB),
     ]
     assert sorted(ordered, key=lambda cost: cost.key) == ordered
-    assert sorted(reversed(ordered), key=lambda cost: cost.key) == ordered
+    assert len({cost.key for cost in ordered}) == len(ordered)
 
 
 def test_a_cost_says_what_it_is_made_of() -> None:
@@ -190,7 +190,14 @@ def test_everything_is_climbed_on_demand_and_comes_out_in_the_expected_order(ask
     ]
     assert sorted(asked.names) == sorted(rung.name for rung in advice.rungs)
     left = [one.name for one in advice.left_out]
-    assert left == ["nf4-model-tiled", "int8-model", "bf16-model-tiled", "int8-group", "nf4-sequential", "int8-sequential"]
+    assert left == [
+        "nf4-model-tiled",
+        "int8-model",
+        "bf16-model-tiled",
+        "int8-group",
+        "nf4-sequential",
+        "int8-sequential",
+    ]
 
 
 def test_what_is_quantized_is_large_and_no_vae(asked: Told) -> None:
@@ -212,7 +219,7 @@ def test_a_rung_that_fails_is_told_last_and_the_others_are_climbed(asked: Told) 
         ("int8", "int8 stopped."),
         ("nf4", "nf4 stopped."),
     ]
-    assert advice.best is not None and advice.best.name == "nf4-model"
+    assert [rung.name for rung in advice.fitting][:1] == ["nf4-model"]
 
 
 def test_a_card_is_judged_by_what_is_reserved_with_its_own_kernels(asked: Told) -> None:
@@ -317,7 +324,7 @@ def test_the_table_marks_the_first_that_surely_fits(ran: Callable[..., tuple[int
 def test_nothing_that_surely_fits_is_1_and_says_what_takes_least(ran: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = ran("--model", "flux.1-dev", "--max-memory", "512MiB", "--toml", "none.recipes.toml")
     assert status == 1
-    assert "No rung fits 512.00 MiB; bf16-group-tiled takes least, 0.75 GiB." in out or "takes least" in out
+    assert "No rung fits 512.00 MiB; nf4-group-tiled takes least, 0.75 GiB." in " ".join(out.split())
     assert not Path("none.recipes.toml").exists()
 
 
