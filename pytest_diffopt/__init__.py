@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.checks import assert_recipe, check
     from pytest_diffopt.checks.verdict import Verdict
     from pytest_diffopt.contract import Contract
+    from pytest_diffopt.forecasting.advice import Advice, advise
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.forecasting.running import forecast
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "Advice": "pytest_diffopt.forecasting.advice",
     "Call": "pytest_diffopt.recipe",
     "Compilation": "pytest_diffopt.recipe",
     "Contract": "pytest_diffopt.contract",
@@ -32,6 +34,7 @@ _HOMES = {
     "Quantization": "pytest_diffopt.recipe",
     "Recipe": "pytest_diffopt.recipe",
     "Verdict": "pytest_diffopt.checks.verdict",
+    "advise": "pytest_diffopt.forecasting.advice",
     "assert_recipe": "pytest_diffopt.checks",
     "check": "pytest_diffopt.checks",
     "compile_fullgraph": "pytest_diffopt.markers",
@@ -46,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Advice",
     "Call",
     "Compilation",
     "Contract",
@@ -57,6 +61,7 @@ __all__ = [
     "Recipe",
     "Verdict",
     "__version__",
+    "advise",
     "assert_recipe",
     "check",
     "compile_fullgraph",
