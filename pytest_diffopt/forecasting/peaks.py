@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_diffopt.forecasting.record import Estimate, LiveTensors, Phase, PhaseForecast
@@ -51,6 +51,7 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
     live = floor = highest = 0  # without workspaces, which come and go within an event
     at = -1
     workspaces: set[int] = set()
+    born: set[int] = set()
     found: dict[tuple[Phase, str, int], list[int]] = {}
     operations: dict[tuple[Phase, str, int], str] = {}
     for index, event in enumerate(events):
@@ -60,16 +61,21 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
         if event.low or event.high:
             now = [live + event.low, live + event.bytes, live + event.high]
             workspaces.add(event.block)
+        elif event.bytes < 0:
+            now = [live] * 3  # what is given back was there when it was
+            if event.block in born:  # and what was there before everything belongs to others
+                born.discard(event.block)
+                live += event.bytes
         else:
-            # what is given back was there when it was
-            now = [live + max(event.bytes, 0)] * 3
+            born.add(event.block)
             live += event.bytes
-            floor = max(floor, live)
-        if now[1] > highest:
-            highest, at = now[1], index
+            now = [live] * 3
         key = _phase_of(marks[event.mark])
         if key is None:
             continue
+        floor = max(floor, live)
+        if now[1] > highest:
+            highest, at = now[1], index
         peak = found.setdefault(key, [0, -1, 0])
         if now[1] > peak[1]:
             operations[key] = event.operation if event.bytes > 0 else ""
@@ -79,6 +85,15 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
         for (phase, component, call), peak in found.items()
     )
     return Peaks(phases, at, floor)
+
+
+def with_kept(peaks: Peaks, size: int) -> Peaks:
+    """The same, where up to so many bytes more may be kept from the first call on."""
+    phases = [
+        replace(one, peak=replace(one.peak, high=one.peak.high + size)) if one.phase == "call" else one
+        for one in peaks.phases
+    ]
+    return replace(peaks, phases=tuple(phases))
 
 
 def live_at(
