@@ -152,8 +152,11 @@ void run_meta_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   try {
     if (known) op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
   } catch (const std::exception& error) {
-    // torch has one meta kernel for all operations that lack one, which says so
-    if (std::string_view(error.what()).find("no fake impl or Meta kernel registered") == std::string_view::npos) throw;
+    // torch has one meta kernel for all operations that lack one, which says so; repeat_interleave's needs values
+    const std::string_view said(error.what());
+    if (said.find("no fake impl or Meta kernel registered") == std::string_view::npos &&
+        said.find("repeat_interleave a meta tensor") == std::string_view::npos)
+      throw;
     known = false;
   }
   TORCH_CHECK_NOT_IMPLEMENTED(
