@@ -1,4 +1,4 @@
-"""Stand-ins for bitsandbytes' kernels: results as the library describes them, and no more memory than CUDA takes."""
+"""Stand-ins for CUDA's kernels: results as the libraries describe them, and no more memory than CUDA takes."""
 
 from __future__ import annotations
 
@@ -128,3 +128,17 @@ def test_quantizing_a_weight_takes_its_result_alone() -> None:
     assert (
         peak("quantize_4bit", made((512, 3072), BF16), 64, "nf4", torch.uint8) == 512 * 3072 // 2 + 512 * 3072 // 64 * 4
     )
+
+
+@pytest.mark.parametrize(("memory_format", "copies"), [(torch.contiguous_format, 0), (torch.channels_last, 1)])
+def test_a_group_norm_is_contiguous_and_copies_an_input_that_is_not(
+    memory_format: torch.memory_format, copies: int
+) -> None:
+    tensor = made((4, 64, 32, 32), BF16).to(memory_format=memory_format)
+    weight = made((64,), BF16)
+    given = (tensor, weight, weight, 4, 64, 1024, 32, 1e-5)
+    with LiveBytes() as live:
+        out, mean, rstd = KERNELS["aten::native_group_norm"](*given)
+    assert out.is_contiguous()
+    assert described((out, mean, rstd)) == described(torch.ops.aten.native_group_norm(*given))
+    assert live.peak == (1 + copies) * tensor.nbytes + 2 * 4 * 32 * 2
