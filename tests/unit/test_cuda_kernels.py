@@ -78,7 +78,8 @@ def test_a_product_with_outliers_gives_the_dtype_of_its_activations() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_stand_in_has_its_operators_signature(name: str) -> None:
-    operator = getattr(torch.ops.bitsandbytes, name.removeprefix("bitsandbytes::")).default
+    namespace, _, plain = name.partition("::")
+    operator = getattr(getattr(torch.ops, namespace), plain).default
     taken = [(one.name, one.default_value) for one in operator._schema.arguments]
     had = [
         (one.name, None if one.default is inspect.Parameter.empty else one.default)
