@@ -26,7 +26,18 @@ from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
 from pytest_diffopt.forecasting.generations import GENERATIONS, Generation, generation
-from pytest_diffopt.forecasting.peaks import CALL, PLACE, Peaks, live_at, peaks_of, read_by_the_host, with_kept
+from pytest_diffopt.forecasting.peaks import (
+    CALL,
+    PLACE,
+    Peaks,
+    live_at,
+    load_of_any_order,
+    peaks_of,
+    read_by_the_host,
+    with_kept,
+    with_load,
+    with_unknown_sizes,
+)
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
 from pytest_diffopt.observation.outputs import OutputRecorder
@@ -108,7 +119,8 @@ def forecast(
     say = progress or (lambda words: None)
     with quietly():
         import_libraries()
-    run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}), modify)
+    formats = _memory_formats(recipe)
+    run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}), modify, formats)
     with borrowed_state(reset_compiler=False), quietly():
         run.everything()
     return run.forecast(recipe, time.perf_counter() - begun, gpu)
@@ -195,6 +207,17 @@ def _full_sizes(
     return tuple(found)
 
 
+def _memory_formats(recipe: Recipe) -> list[tuple[str, torch.memory_format]]:
+    """What compiling a component does to its weights, which are placed all the same."""
+    import torch
+
+    return [
+        (one.component, getattr(torch, one.memory_format))
+        for one in recipe.compilation
+        if one.memory_format is not None
+    ]
+
+
 class _KeepsNothing(OutputRecorder):
     """What components return is not looked at: it is not known."""
 
@@ -214,7 +237,9 @@ class _Run:
         say: Callable[[str], None],
         given: frozenset[str],
         modify: Callable[[Any], object] | None,
+        memory_formats: Sequence[tuple[str, torch.memory_format]],
     ) -> None:
+        self._memory_formats = memory_formats
         self._given = given  # arguments of the call that are not the recipe's
         self._modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
@@ -311,6 +336,8 @@ class _Run:
         self.ledger.look()
         prepared.default_size = self.description.default_size
         self._count_weights(prepared)
+        for component, format_ in self._memory_formats:
+            prepared.components[component].to(memory_format=format_)  # type: ignore[call-overload]
         if self._modify is not None:
             self._modify(prepared.pipeline)
         self.phase = "placing"
@@ -486,7 +513,9 @@ class _Run:
     def forecast(self, recipe: Recipe, seconds: float, gpu: str | None) -> Forecast:
         """Everything that was written down, as plain data."""
         events, marks = self.ledger.events, self.ledger.marks
-        peaks = peaks_of(events, marks)
+        peaks = with_load(peaks_of(events, marks), load_of_any_order(events, marks))
+        if self.guesses:
+            peaks = with_unknown_sizes(peaks)
         pools = self._graph_pools(recipe, peaks)
         kept = sum(pools.values())
         peaks = with_kept(peaks, kept)
@@ -537,7 +566,7 @@ class _Run:
             f"Libraries as installed: {libraries}.",
             f"Kernels of {self.on.name.capitalize()} GPUs"
             + (f", as {gpu} is one." if gpu is not None else "; no GPU was named."),
-            "Components load one after the other, in the order of the pipeline's arguments, each with one thread.",
+            "Components load one after the other, each with one thread, in the order of the pipeline's arguments.",
         ]
         quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
         said += self.assumptions.sentences(
@@ -568,7 +597,13 @@ class _Run:
 
     def _doubts(self, peaks: Peaks, pools: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         wide: list[str] = []
-        if peaks.total.high - sum(pools.values()) > peaks.total.low:
+        kept = sum(pools.values())
+        matter = [one for one in peaks.phases if one.peak.high > peaks.total.low]  # the others are below the range
+        loads = [one.peak for one in matter if one.phase == "load" and one.peak.high > one.peak.low]
+        if loads:
+            load = max(loads, key=lambda peak: peak.high)
+            wide.append(f"The libraries load components in an order that differs between processes: {load}.")
+        if not self.guesses and any(one.phase == "call" and one.peak.high - kept > one.peak.low for one in matter):
             wide.append(
                 f"What cuDNN's convolutions and attention take while they run depends on the GPU and its libraries: "
                 f"{peaks.total}."

@@ -452,9 +452,7 @@ SIDE_BY_SIDE: dict[str, Callable[[], object]] = {
     ),
     "conv3d": lambda: F.conv3d(normal(1, 4, 5, 6, 7), normal(6, 4, 3, 3, 3), dilation=2, padding=2),
     "conv_transpose1d": lambda: F.conv_transpose1d(normal(1, 4, 5), normal(4, 3, 3), normal(6), stride=2, groups=2),
-    "conv_transpose2d": lambda: F.conv_transpose2d(
-        normal(1, 4, 5, 5), normal(4, 3, 3, 3), stride=2, output_padding=1
-    ),
+    "conv_transpose2d": lambda: F.conv_transpose2d(normal(1, 4, 5, 5), normal(4, 3, 3, 3), stride=2, output_padding=1),
     "conv_transpose3d": lambda: F.conv_transpose3d(normal(1, 4, 3, 3, 3), normal(4, 2, 2, 2, 2)),
     "attention": lambda: F.scaled_dot_product_attention(*(normal(1, 2, 7, 8) for _ in range(3))),
     "attention, mask": lambda: F.scaled_dot_product_attention(

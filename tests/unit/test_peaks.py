@@ -7,7 +7,17 @@ import random
 import pytest
 
 from pytest_diffopt.accelerators.allocation_events import AllocationEvent as Event
-from pytest_diffopt.forecasting.peaks import Peaks, live_at, peaks_of, read_by_the_host, stars, with_kept
+from pytest_diffopt.forecasting.peaks import (
+    Peaks,
+    live_at,
+    load_of_any_order,
+    peaks_of,
+    read_by_the_host,
+    stars,
+    with_kept,
+    with_load,
+    with_unknown_sizes,
+)
 from pytest_diffopt.forecasting.record import Estimate, LiveTensors, PhaseForecast
 from pytest_diffopt.observation.residency import Mark
 
@@ -29,7 +39,7 @@ def workspace(block: int, low: int, expected: int, high: int, at: int = 0) -> li
 
 def test_nothing_that_happened_has_no_peak() -> None:
     peaks = peaks_of([], [])
-    assert (peaks, peaks.total, peaks.highest) == (Peaks((), -1, 0), exactly(0), None)
+    assert (peaks, peaks.total, peaks.highest) == (Peaks((), -1, {}), exactly(0), None)
     assert live_at([], [], -1, {}) == ()
 
 
@@ -189,3 +199,39 @@ def test_only_what_a_call_computed_and_is_no_weight_is_read_by_the_host() -> Non
     ]
     assert read_by_the_host(events, marks, [1, 2, 3, 4, 5, 99]) == (("a", "aten::mean", 8), ("", "aten::randn", 6))
     assert read_by_the_host(events, marks, []) == ()
+
+
+def loading(*components: tuple[str, int, int]) -> tuple[list[Event], list[Mark]]:
+    """(name, bytes that it keeps, bytes that it takes for a moment more), in the order in which they load."""
+    events, marks = [], []
+    for at, (name, kept, passing) in enumerate(components):
+        marks.append(mark("loading", name))
+        events += [
+            Event(2 * at + 1, kept, "aten::copy_", at),
+            Event(2 * at + 2, passing, "aten::empty", at),
+            Event(2 * at + 2, -passing, "", at),
+        ]
+    return events, marks
+
+
+def test_the_peak_of_loading_has_the_range_of_all_orders() -> None:
+    first = load_of_any_order(*loading(("a", 10, 5), ("b", 4, 1)))
+    second = load_of_any_order(*loading(("b", 4, 1), ("a", 10, 5)))
+    assert first == Estimate(15, 15, 19)
+    assert second == Estimate(15, 19, 19)
+    assert load_of_any_order(*loading(("a", 10, 5))) == exactly(15)
+    assert load_of_any_order([], []) == exactly(0)
+
+
+def test_the_order_of_loading_may_be_what_makes_a_recipe_fit() -> None:
+    events, marks = loading(("b", 4, 1), ("a", 10, 5))
+    peaks = with_load(peaks_of(events, marks), load_of_any_order(events, marks))
+    assert peaks.total == Estimate(15, 19, 19)
+    assert peaks.floor_bytes == 15
+
+
+def test_where_the_most_was_taken_nobody_knows_the_least_but_what_is_resident() -> None:
+    marks = [mark("loading", "a"), mark("call 0", "a")]
+    peaks = peaks_of([Event(1, 10, "", 0), Event(2, 90, "aten::nonzero", 1), Event(2, -90, "", 1)], marks)
+    unsure = with_unknown_sizes(peaks)
+    assert (unsure.total, unsure.floor_bytes) == (Estimate(10, 100, 100), 10)
