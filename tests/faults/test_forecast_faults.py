@@ -281,14 +281,14 @@ def test_a_tensor_that_outlives_its_module_is_in_the_peak_and_named(
 
     monkeypatch.setattr(FluxTransformerBlock, "forward", keeps)
     made = forecast_of(tiny)
-    maps = [one for one in made.live_at_peak if one.operation == "aten::repeat"]
+    maps = [one for one in made.live_at_peak if one.operation == "aten::unfold" and one.component]
     # of two blocks, and the first one's new map while the old one is there
     assert [(one.component, one.module, one.kind, one.count) for one in maps] == [
         ("transformer", "transformer_blocks.*", "working", 3)
     ]
     assert made.peak_bytes > healthy.phase_peak("call", "transformer").expected + maps[0].bytes // 2
     assert made.peak_component == "transformer"
-    assert not any(one.operation == "aten::repeat" for one in healthy.live_at_peak)
+    assert not any(one.operation == "aten::unfold" and one.component for one in healthy.live_at_peak)
 
 
 def test_a_hook_that_frees_a_group_too_late_is_in_the_peak(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
