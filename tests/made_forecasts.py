@@ -51,6 +51,7 @@ def made(peak: Estimate | None = None, **fields: Any) -> Forecast:
         ),
         "floor_bytes": peak.low,
         "reserved": Estimate(peak.low, peak.expected, peak.high),
+        "floor_bytes": peak.low,
         "weights_bytes": {"transformer": 8 * GIB, "text_encoder": GIB},
     }
     return Forecast(**{**healthy, **fields})

@@ -1,10 +1,13 @@
-"""Stand-ins for CUDA's kernels of bitsandbytes: they allocate what those allocate, in that order, and compute nothing.
+"""Stand-ins for CUDA's kernels: they allocate what those allocate, in that order, and compute nothing.
 
 On a device that bitsandbytes does not know, its operators run step by step in Python, with tensors that CUDA never has:
 a product of int8 in float32, for example. Registered in their place, these give CUDA's bytes. They take any device,
 ``meta`` too, read only metadata, and have the operators' own signatures.
 
-Source: bitsandbytes-foundation/bitsandbytes, 0.50: bitsandbytes/backends/cuda/ops.py; for ``int8_mixed_scaled_mm`` and
+torch itself has few that differ: a group norm on CUDA reads and writes contiguous tensors, where others keep channels last.
+
+Sources: pytorch/pytorch, aten/src/ATen/native/group_norm.cpp, ``native_group_norm``, whose memory format depends on the
+device; bitsandbytes-foundation/bitsandbytes, 0.50: bitsandbytes/backends/cuda/ops.py; for ``int8_mixed_scaled_mm`` and
 ``int8_scaled_mm``, which CUDA runs as every device does, bitsandbytes/backends/default/ops.py.
 
 Outliers are taken as none. Columns with outliers would add their activations in half precision, and their weights in
@@ -25,6 +28,18 @@ GEMM_4BIT_MOST_ROWS = 1536
 GEMM_4BIT_FEW_ROWS = 4
 """With as many or fewer it never does. Between them GPUs differ, and the weight is taken to be dequantized, which is
 the most."""
+
+
+def native_group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape (N, C, ...) → the same, contiguous, and each group's mean and deviation; meanwhile a contiguous input."""
+    import torch
+
+    held = input.contiguous()
+    out = torch.empty_like(held)
+    mean, rstd = (torch.empty((N, group), device=input.device, dtype=input.dtype) for _ in ("mean", "rstd"))
+    return out, mean, rstd
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -210,6 +225,6 @@ _STAND_INS: tuple[Callable[..., Any], ...] = (
 )
 
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {f"bitsandbytes::{one.__name__}": one for one in _STAND_INS}
+    {"aten::native_group_norm": native_group_norm, **{f"bitsandbytes::{one.__name__}": one for one in _STAND_INS}}
 )
 """Operator → its stand-in; cannot be written to."""

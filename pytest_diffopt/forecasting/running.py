@@ -67,6 +67,7 @@ def forecast(
     assume: Mapping[str, object] | None = None,
     kwargs: Mapping[str, object] | None = None,
     progress: Callable[[str], None] | None = None,
+    modify: Callable[[Any], object] | None = None,
 ) -> Forecast:
     """What a recipe takes with a full-size model: peaks, what makes them, and how sure they are. No GPU, no weights.
 
@@ -86,6 +87,8 @@ def forecast(
         assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
         kwargs: further keyword arguments of the calls, over the recipe's.
         progress: told in a few words what is done.
+        modify: called with the pipeline once it is loaded, before it is placed: for what a recipe cannot say, such as
+            ``pipeline.transformer.enable_cache(...)``.
 
     Raises:
         ReplicaError: the model is unknown, or not given where the recipe names none.
@@ -105,7 +108,7 @@ def forecast(
     say = progress or (lambda words: None)
     with quietly():
         import_libraries()
-    run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}))
+    run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}), modify)
     with borrowed_state(reset_compiler=False), quietly():
         run.everything()
     return run.forecast(recipe, time.perf_counter() - begun, gpu)
@@ -210,8 +213,10 @@ class _Run:
         on: Generation,
         say: Callable[[str], None],
         given: frozenset[str],
+        modify: Callable[[Any], object] | None,
     ) -> None:
         self._given = given  # arguments of the call that are not the recipe's
+        self._modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
         self.accelerator: Accelerator = select("sim")
         self.ledger = ResidencyLedger(self.accelerator)
@@ -223,6 +228,9 @@ class _Run:
         self.host_bytes = self.pinned_bytes = self.h2d_bytes = self.d2h_bytes = 0
         self._host_before = self._pinned_before = 0
         self.reserved = Estimate(0, 0, 0)
+        self.last_runs: dict[
+            str, tuple[int, int, int]
+        ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
         self._raised: tuple[BaseException, str] | None = None
         self._workspace: torch.Tensor | None = None
@@ -303,6 +311,8 @@ class _Run:
         self.ledger.look()
         prepared.default_size = self.description.default_size
         self._count_weights(prepared)
+        if self._modify is not None:
+            self._modify(prepared.pipeline)
         self.phase = "placing"
         self.say(self.phase)
         self.ledger.phase(PLACE)
@@ -319,6 +329,7 @@ class _Run:
                 if self.assumptions.cublas_workspace and self._workspace is None:
                     size = self.on.cublas_workspace_bytes
                     self._workspace = torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
+                self.last_runs = {}
                 before = self.accelerator.transferred_bytes() or {}
                 prepared.run(prepared.arguments(call))
                 after = self.accelerator.transferred_bytes() or {}
@@ -334,6 +345,7 @@ class _Run:
 
         said = ""
         entered: list[str] = []  # for each module that runs the component whose part it is, where nobody else said so
+        begun: list[dict[str, int]] = []
 
         def begins(module: torch.nn.Module, _args: Any) -> None:
             nonlocal said
@@ -341,6 +353,8 @@ class _Run:
             if component and component != said:
                 said = component
                 self.say(f"{self.phase}: {component}")
+            if component and not path:
+                begun.append(self.accelerator.transferred_bytes() or {})
             # a pipeline may call a part of a component itself
             entered.append(component if component and path and component not in self.ledger.running_now else "")
             if entered[-1]:
@@ -348,9 +362,14 @@ class _Run:
             self.ledger.module_entered(path)
 
         def ends(module: torch.nn.Module, _args: Any, _result: Any) -> None:
+            component, path = self._names.get(id(module), ("", ""))
             error = sys.exc_info()[1]
             if error is not None and (self._raised is None or self._raised[0] is not error):
-                self._raised = (error, self._names.get(id(module), ("", ""))[0])
+                self._raised = (error, component)
+            if component and not path and begun:
+                now, before = self.accelerator.transferred_bytes() or {}, begun.pop()
+                runs = self.last_runs.get(component, (0,))[0] + 1
+                self.last_runs[component] = (runs, now["h2d"] - before["h2d"], now["d2h"] - before["d2h"])
             self.ledger.module_left()
             if entered and (component := entered.pop()):
                 self.ledger.left(component)
@@ -496,6 +515,8 @@ class _Run:
             pinned_bytes=self.pinned_bytes,
             h2d_bytes=self.h2d_bytes,
             d2h_bytes=self.d2h_bytes,
+            step_h2d_bytes=self._of_a_step(1),
+            step_d2h_bytes=self._of_a_step(2),
             assumptions=self._assumed(recipe, gpu),
             wide=wide,
             unknown=unknown,
@@ -504,6 +525,11 @@ class _Run:
             seconds=seconds,
             residency=self.ledger.record,
         )
+
+    def _of_a_step(self, way: int) -> int:
+        """What the components that run at every step moved at the last one; one that runs twice a step counts twice."""
+        steps = self.recipe.call.num_inference_steps
+        return sum(run[way] * (run[0] // steps) for run in self.last_runs.values())
 
     def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
         libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES if name != "pytest-diffopt")

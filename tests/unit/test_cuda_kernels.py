@@ -1,4 +1,4 @@
-"""Stand-ins for bitsandbytes' kernels: results as the library describes them, and no more memory than CUDA takes."""
+"""Stand-ins for CUDA's kernels: results as the libraries describe them, and no more memory than CUDA takes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def test_a_product_with_outliers_gives_the_dtype_of_its_activations() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_stand_in_has_its_operators_signature(name: str) -> None:
-    operator = getattr(torch.ops.bitsandbytes, name.removeprefix("bitsandbytes::")).default
+    namespace, _, plain = name.partition("::")
+    operator = getattr(getattr(torch.ops, namespace), plain).default
     taken = [(one.name, one.default_value) for one in operator._schema.arguments]
     had = [
         (one.name, None if one.default is inspect.Parameter.empty else one.default)
@@ -128,3 +129,17 @@ def test_quantizing_a_weight_takes_its_result_alone() -> None:
     assert (
         peak("quantize_4bit", made((512, 3072), BF16), 64, "nf4", torch.uint8) == 512 * 3072 // 2 + 512 * 3072 // 64 * 4
     )
+
+
+@pytest.mark.parametrize(("memory_format", "copies"), [(torch.contiguous_format, 0), (torch.channels_last, 1)])
+def test_a_group_norm_is_contiguous_and_copies_an_input_that_is_not(
+    memory_format: torch.memory_format, copies: int
+) -> None:
+    tensor = made((4, 64, 32, 32), BF16).to(memory_format=memory_format)
+    weight = made((64,), BF16)
+    given = (tensor, weight, weight, 4, 64, 1024, 32, 1e-5)
+    with LiveBytes() as live:
+        out, mean, rstd = KERNELS["aten::native_group_norm"](*given)
+    assert out.is_contiguous()
+    assert described((out, mean, rstd)) == described(torch.ops.aten.native_group_norm(*given))
+    assert live.peak == (1 + copies) * tensor.nbytes + 2 * 4 * 32 * 2
