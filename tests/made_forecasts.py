@@ -49,7 +49,6 @@ def made(peak: Estimate | None = None, **fields: Any) -> Forecast:
             LiveTensors("transformer", "transformer_blocks.*", "weights", "", 8 * GIB, 152),
             LiveTensors("transformer", "transformer_blocks.*.attn", "working", "aten::bmm", GIB, 1),
         ),
-        "floor_bytes": peak.low,
         "reserved": Estimate(peak.low, peak.expected, peak.high),
         "floor_bytes": peak.low,
         "weights_bytes": {"transformer": 8 * GIB, "text_encoder": GIB},
