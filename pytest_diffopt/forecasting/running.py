@@ -618,7 +618,7 @@ class _Run:
         for component, operation, size in read_by_the_host(self.ledger.events, self.ledger.marks, self.read):
             if size <= CONTROL_BYTES:
                 unknown.append(
-                    f"The host reads what {component or 'the pipeline'} computed (by {operation}, {size} bytes); "
+                    f"The host reads what {component or 'the pipeline'} computed (by {operation}, at most {size} bytes); "
                     f"what it does for other values is not known."
                 )
         return tuple(wide), tuple(unknown)
