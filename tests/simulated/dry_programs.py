@@ -33,7 +33,13 @@ from tests.simulated.random_programs import (
 NEEDS_VALUES = ("nonzero", "unique", "masked by itself", "masked", "item", "from numbers")
 """What they return depends on values."""
 
-OTHER_STRIDES = ("abs", "roll", "index", "index, column", *(name.removesuffix(" 2") for name in NAMES if ", out" in name))
+OTHER_STRIDES = (
+    "abs",
+    "roll",
+    "index",
+    "index, column",
+    *(name.removesuffix(" 2") for name in NAMES if ", out" in name),
+)
 """torch's shape functions for these are in Python, and do not keep the operand's memory format: other strides, same bytes."""
 
 HOSTS_OWN = ("power", "embedding", "normal_", "arange, out 2", "cat, out 2")

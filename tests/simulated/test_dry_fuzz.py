@@ -34,9 +34,7 @@ def test_a_random_program_counts_the_same_computed_and_dry(program: list[Step], 
         (lambda x: x.view(7) if sim.is_dry() else x.clone(), "computed well, dry RuntimeError"),
     ],
 )
-def test_a_difference_between_the_runs_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, fault: Operation, said: str
-) -> None:
+def test_a_difference_between_the_runs_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: Operation, said: str) -> None:
     monkeypatch.setitem(OPERATIONS, "broken", Operation(lambda d, x: fault(x), 1))  # type: ignore[operator]
     with pytest.raises(AssertionError, match=said):
         compare([("ones", (1, 0, 0, 0, 0)), ("broken", (0, 0, 0, 0, 0))], real_bytes=100)
