@@ -147,6 +147,8 @@ def begin() -> None:
 def main(replica: str) -> dict[str, Any]:
     """Case → ``"wet"`` and the size of the largest real block → figures; ``"guesses"`` of the dry runs."""
     found: dict[str, Any] = {}
+    if any(case.nf4 for case in cases(replica)):
+        load(replica, Case(torch.bfloat16, "whole", nf4=True)).to("sim")  # bitsandbytes keeps its tables for good
     for case in cases(replica):
         row: dict[str, Any] = {"wet": measure(replica, case), "guesses": []}
         for real_bytes in case.real_bytes:

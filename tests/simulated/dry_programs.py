@@ -33,11 +33,18 @@ from tests.simulated.random_programs import (
 NEEDS_VALUES = ("nonzero", "unique", "masked by itself", "masked", "item", "from numbers")
 """What they return depends on values."""
 
-OTHER_STRIDES = ("abs", "roll", "index, column", *(name.removesuffix(" 2") for name in NAMES if ", out" in name))
+OTHER_STRIDES = (
+    "abs",
+    "roll",
+    "index",
+    "index, column",
+    *(name.removesuffix(" 2") for name in NAMES if ", out" in name),
+)
 """torch's shape functions for these are in Python, and do not keep the operand's memory format: other strides, same bytes."""
 
-HOSTS_OWN = ("power",)
-"""Of integers: the host's kernel makes a tensor less than the shape function."""
+HOSTS_OWN = ("power", "embedding", "normal_", "arange, out 2", "cat, out 2")
+"""Of integers the host's ``pow`` makes a tensor less than the shape function; its ``embedding`` copies indices that are not
+contiguous once more; it draws booleans; what it resizes is resized to other strides or by other rules."""
 
 DRY_NAMES = tuple(name for name in NAMES if name not in (*NEEDS_VALUES, *HOSTS_OWN))
 

@@ -57,7 +57,9 @@ def test_a_real_tensor_that_a_hollow_one_is_added_to_is_hollow_and_so_are_its_vi
         view, other = x[:2], torch.ones(4, device="sim")
         (block,) = sim.memory_blocks([x])
         x += hollow_row()
-        assert sim.is_hollow(view) and sim.is_hollow(x) and not sim.is_hollow(other)
+        assert sim.is_hollow(view)
+        assert sim.is_hollow(x)
+        assert not sim.is_hollow(other)
         assert sim.memory_blocks([x]) == [block]
 
 
@@ -104,7 +106,8 @@ def test_a_parameters_data_moves_between_host_and_device() -> None:
         on_host = parameter.data
         before = sim.memory_allocated()
         parameter.data = on_host.to("sim")
-        assert sim.is_hollow(parameter) and sim.memory_allocated() - before == on_host.nbytes
+        assert sim.is_hollow(parameter)
+        assert sim.memory_allocated() - before == on_host.nbytes
         parameter.data = on_host
         assert (parameter.device.type, sim.memory_allocated()) == ("cpu", before)
 
@@ -204,7 +207,8 @@ def test_rules_answer_them() -> None:
     try:
         with sim.dry():
             a, tau = torch.geqrf(hollow_row().view(2, 2))
-            assert sim.is_hollow(tau) and sim.is_hollow(a)
+            assert sim.is_hollow(tau)
+            assert sim.is_hollow(a)
     finally:
         rule.remove()
     rule.remove()
@@ -228,7 +232,8 @@ def test_the_latest_rule_counts_until_it_is_removed() -> None:
 def test_a_rule_for_an_operation_that_writes_leaves_what_it_writes_to_hollow() -> None:
     with sim.dry():
         values, indices = hollow_row().cummax(0)
-        assert sim.is_hollow(values) and sim.is_hollow(indices)
+        assert sim.is_hollow(values)
+        assert sim.is_hollow(indices)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,8 @@ def test_after_it_the_device_computes_the_same_bits_and_every_byte_is_given_back
         assert not compute().any()
         with sim.dry(real_bytes=MIB):
             assert torch.equal(compute(), expected)
-        assert sim.is_dry() and not compute().any()
+        assert sim.is_dry()
+        assert not compute().any()
     assert not sim.is_dry()
     assert torch.equal(compute(), expected)
     assert sim.memory_allocated() == before
@@ -339,7 +345,7 @@ def test_memory_that_does_not_suffice_is_missed_at_the_very_allocation() -> None
     with sim.dry():
         sim.set_memory_limit(sim.memory_reserved() + 3 * MIB)
         kept = [torch.empty(MIB, dtype=torch.uint8, device="sim") for _ in range(3)]
-        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 1\.00 MiB"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 1024\.00 KiB"):
             torch.empty(MIB, dtype=torch.uint8, device="sim")
         kept.pop()
         torch.empty(MIB, dtype=torch.uint8, device="sim")
@@ -442,7 +448,8 @@ def _trained() -> list[torch.Tensor | None]:
 
 def _autocast() -> torch.Tensor:
     with torch.autocast("sim", dtype=torch.bfloat16):
-        return torch.nn.Linear(8, 8, device="sim")(normal(3, 8)).softmax(-1)
+        found: torch.Tensor = torch.nn.Linear(8, 8, device="sim")(normal(3, 8)).softmax(-1)
+        return found
 
 
 SIDE_BY_SIDE: dict[str, Callable[[], object]] = {
@@ -454,9 +461,9 @@ SIDE_BY_SIDE: dict[str, Callable[[], object]] = {
     "conv_transpose1d": lambda: F.conv_transpose1d(normal(1, 4, 5), normal(4, 3, 3), normal(6), stride=2, groups=2),
     "conv_transpose2d": lambda: F.conv_transpose2d(normal(1, 4, 5, 5), normal(4, 3, 3, 3), stride=2, output_padding=1),
     "conv_transpose3d": lambda: F.conv_transpose3d(normal(1, 4, 3, 3, 3), normal(4, 2, 2, 2, 2)),
-    "attention": lambda: F.scaled_dot_product_attention(*(normal(1, 2, 7, 8) for _ in range(3))),
+    "attention": lambda: F.scaled_dot_product_attention(normal(1, 2, 7, 8), normal(1, 2, 7, 8), normal(1, 2, 7, 8)),
     "attention, mask": lambda: F.scaled_dot_product_attention(
-        *(normal(1, 2, 7, 8) for _ in range(3)), attn_mask=normal(7, 7)
+        normal(1, 2, 7, 8), normal(1, 2, 7, 8), normal(1, 2, 7, 8), attn_mask=normal(7, 7)
     ),
     "attention, widths that the fused kernel does not take": lambda: F.scaled_dot_product_attention(
         normal(1, 2, 7, 8), normal(1, 2, 7, 8), normal(1, 2, 7, 6)
@@ -479,8 +486,10 @@ def test_computed_and_dry_it_counts_the_same(name: str) -> None:
     with sim.dry(real_bytes=0):
         dry = counted(SIDE_BY_SIDE[name])
     if name == "inverse":  # whether the matrix was singular is read by the host, and not asked where nobody knows it
-        assert computed[0].pop("d2h_calls") == 1 and computed[0].pop("d2h_bytes") == 1
-        assert dry[0].pop("d2h_calls") == 0 and dry[0].pop("d2h_bytes") == 0
+        assert computed[0].pop("d2h_calls") == 1
+        assert computed[0].pop("d2h_bytes") == 1
+        assert dry[0].pop("d2h_calls") == 0
+        assert dry[0].pop("d2h_bytes") == 0
         assert computed[0].pop("allocations") - dry[0].pop("allocations") == 1
     assert dry == computed
 

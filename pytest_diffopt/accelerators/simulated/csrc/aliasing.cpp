@@ -26,6 +26,10 @@ at::Tensor tensor_over(
 
 }  // namespace
 
+Aliases::Aliases(bool dry) : dry_(dry) {
+  if (dry && !sim::dry()) refuse_hollow(Running::operation());
+}
+
 c10::intrusive_ptr<c10::StorageImpl> Aliases::kernel_storage(const c10::StorageImpl& storage) const {
   if (dry_)
     return c10::make_intrusive<c10::StorageImpl>(

@@ -23,7 +23,8 @@ class KernelScope {
 
 class Aliases {
  public:
-  explicit Aliases(bool dry = false) : dry_(dry) {}
+  // Raises where a dry call is wanted and the device is not dry.
+  explicit Aliases(bool dry = false);
   // The kernel's view of a device tensor; the same one if it is asked for again. Raises for a hollow one in a real call.
   at::Tensor host(const at::Tensor& tensor);
   // A host tensor that is an argument: it stays on the host if it comes back. A meta kernel gets a meta tensor for it.

@@ -97,7 +97,7 @@ void copy_unknown(const Tensor& to, const Tensor& from) {
   }
   if (on_sim(from)) note_read(block_number(*from.storage().unsafeGetStorageImpl()));
   // large host memory has pages of noughts by itself
-  if (static_cast<int64_t>(to.nbytes()) <= real_bytes()) Tensor(to).zero_();
+  if (to.nbytes() < kLazyBytes) Tensor(to).zero_();
   mark_unknown_on_host(storage);
 }
 
@@ -177,8 +177,7 @@ c10::Scalar local_scalar(const Tensor& tensor) {
 
 // Between host tensors: what is large is not copied while the device is dry, since only weights are.
 Tensor& copy_on_host(Tensor& to, const Tensor& from, bool non_blocking) {
-  constexpr int64_t kSkippedBytes = int64_t(1) << 20;
-  if (dry() && to.is_cpu() && from.is_cpu() && static_cast<int64_t>(to.nbytes()) >= kSkippedBytes) {
+  if (dry() && to.is_cpu() && from.is_cpu() && to.nbytes() >= kLazyBytes) {
     copy_unknown(to, from);
     return to;
   }

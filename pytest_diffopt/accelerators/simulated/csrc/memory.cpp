@@ -62,10 +62,6 @@ static_assert(sizeof(Header) <= kHeaderBytes);
 
 std::atomic<int64_t> g_next_number{1};
 
-// A host block from this size on has fresh pages of its own while the device is dry: they cost nothing until they are
-// touched, and are noughts.
-constexpr size_t kLazyBytes = 1 << 20;
-
 HostCounters g_host;
 
 Header& header_of(void* data) { return *reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes); }

@@ -28,6 +28,10 @@ struct HostCounters {
   int64_t pinned = 0, peak_pinned = 0;
 };
 
+// A host block from this size on has fresh pages of its own while the device is dry: they cost nothing until they are
+// touched, and are noughts.
+constexpr size_t kLazyBytes = size_t(1) << 20;
+
 enum class Direction { HostToDevice, DeviceToHost, DeviceToDevice };
 
 c10::Allocator* device_allocator();
