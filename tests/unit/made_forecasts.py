@@ -56,6 +56,7 @@ def made(
             LiveTensors("", "", "working", "aten::randn", GIB // 1024, 1),
         ),
         "reserved": Estimate(highest.peak.low, highest.peak.expected + GIB // 8, highest.peak.high + GIB // 8),
+        "floor_bytes": highest.peak.low,
         "host_bytes": 3 * GIB,
         "pinned_bytes": GIB,
         "h2d_bytes": 2 * GIB,
