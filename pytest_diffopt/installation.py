@@ -79,6 +79,9 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
             if name not in components:
                 allowed = f"{did_you_mean(name, components)}the pipeline has: {', '.join(sorted(components))}"
                 yield Mistake(location, repr(name), allowed)
+    for switch in ("vae_tiling", "vae_slicing"):
+        if getattr(recipe, switch) and "vae" not in components:
+            yield Mistake((switch,), "true", f"the pipeline has no vae, but {', '.join(sorted(components))}")
 
 
 def _forecast_mistakes(recipe: Recipe, budget: ForecastBudget, allow_hub: bool) -> Iterator[Mistake]:

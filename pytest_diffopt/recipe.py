@@ -663,6 +663,16 @@ def _order(value: object) -> tuple[str, ...]:
     return parts
 
 
+LEAST_TILE = 32
+"""Pixels of a tile's side: less holds no pixel of the latents of some VAEs."""
+
+
+def _tiling(value: object) -> object:
+    if not isinstance(value, int) or (not isinstance(value, bool) and value < LEAST_TILE):
+        raise refused(value, f"true, false, or the side of a tile in pixels, an int >= {LEAST_TILE}")
+    return value
+
+
 def _compilations(value: object) -> object:
     return () if value is None else value
 
@@ -687,6 +697,9 @@ class Recipe(Part):
             ends the run. A test item is then expected to fail, with that cause and no other.
         order: in which the parts are applied. Quantization that is not first is done in place, on the live modules.
         forecast: what the recipe may take with a full-size model; None forecasts nothing.
+        vae_tiling: the VAE works tile by tile, as after diffusers' ``vae.enable_tiling()``; a number is the side of a tile
+            in pixels, in place of the VAE's own. A reference does as well, since tiles are blended.
+        vae_slicing: the VAE works image by image, as after diffusers' ``vae.enable_slicing()``.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -712,6 +725,8 @@ class Recipe(Part):
         default_factory=FrozenDict
     )
     forecast: ForecastBudget | None = None
+    vae_tiling: Annotated[bool | int, PlainValidator(_tiling)] = False
+    vae_slicing: Bool = False
 
     if TYPE_CHECKING:
 
@@ -729,6 +744,8 @@ class Recipe(Part):
             order: Sequence[str] = ...,
             known_faults: Mapping[str, str] = ...,
             forecast: ForecastBudget | Mapping[str, Any] | None = None,
+            vae_tiling: bool | int = False,
+            vae_slicing: bool = False,
         ) -> None: ...
 
     @field_validator("compilation")

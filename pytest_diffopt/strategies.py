@@ -186,6 +186,8 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 "contract": contracts(),
                 "order": st.permutations(ORDER),
                 "forecast": st.none() | forecast_budgets(),
+                "vae_tiling": st.booleans() | st.integers(32, 2048),
+                "vae_slicing": st.booleans(),
             },
         )
         .map(_without_fullgraph_under_hooks)

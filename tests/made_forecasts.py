@@ -50,6 +50,7 @@ def made(peak: Estimate | None = None, **fields: Any) -> Forecast:
             LiveTensors("transformer", "transformer_blocks.*.attn", "working", "aten::bmm", GIB, 1),
         ),
         "reserved": Estimate(peak.low, peak.expected, peak.high),
+        "floor_bytes": peak.low,
         "weights_bytes": {"transformer": 8 * GIB, "text_encoder": GIB},
     }
     return Forecast(**{**healthy, **fields})

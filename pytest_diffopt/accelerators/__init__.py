@@ -97,6 +97,19 @@ class Accelerator:
             return int(self._module.max_memory_allocated())
         return None
 
+    def peak_reserved_bytes(self) -> int | None:
+        """Peak of what the caching allocator held of the device since :meth:`reset_peak`; None where it is not counted."""
+        if not self.is_host and hasattr(self._module, "max_memory_reserved"):
+            return int(self._module.max_memory_reserved())
+        return None
+
+    def beside_bytes(self) -> int | None:
+        """Of the device's memory in use now, what torch's allocator does not hold: the driver's, and other processes'."""
+        if self.is_host or not hasattr(self._module, "mem_get_info"):
+            return None
+        free, total = self._module.mem_get_info()
+        return int(total - free - self._module.memory_reserved())
+
     def live_bytes(self) -> int | None:
         """Bytes allocated now, or None where the device does not count them."""
         if not self.is_host and hasattr(self._module, "memory_allocated"):

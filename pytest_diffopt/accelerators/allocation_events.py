@@ -7,6 +7,7 @@ source and documentation and has not run on a GPU.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,12 +39,18 @@ class AllocationEvent(NamedTuple):
 
 
 class SimulatedEvents:
-    """Events of the simulated device, copies among them."""
+    """Events of the simulated device, copies among them. One recording at a time: a second one would delete the first."""
+
+    _recording: weakref.ref[SimulatedEvents] | None = None
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
     def start(self) -> bool:
+        other = SimulatedEvents._recording and SimulatedEvents._recording()
+        if other is not None and other is not self:
+            return False
+        SimulatedEvents._recording = weakref.ref(self)
         self._module.record_memory_events(True)
         return True
 
@@ -54,6 +61,7 @@ class SimulatedEvents:
         return [AllocationEvent(*event) for event in self._module.recorded_memory_events()]
 
     def stop(self) -> None:
+        SimulatedEvents._recording = None
         self._module.record_memory_events(False)
 
     def blocks(self, tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -143,7 +143,7 @@ def _on_card(made: Forecast, card: Card) -> _Promise:
     least, most = CONTEXT_BYTES
     fit, total = made.fit(card), human(card.total_bytes)
     if fit == "does not fit":
-        short = human(made.peak.low + least - card.total_bytes)
+        short = human(made.floor_bytes + least - card.total_bytes)
         return _Promise(
             fit, f"the {card.name} has {total}, with CUDA's context of at least {human(least)} {short} too little"
         )

@@ -129,6 +129,8 @@ def assumed(assume: Mapping[str, object] | None) -> Assumptions:
     Raises:
         DiffoptError: a name is unknown, or a value is not of what its name takes; the sentence has what there is.
     """
+    if assume is not None and not isinstance(assume, Mapping):
+        raise DiffoptError(f"A forecast cannot assume {assume!r}. It takes a table of {', '.join(_ACCEPTED)}.")
     values: dict[str, Any] = {}
     for name, value in (assume or {}).items():
         if name not in _ACCEPTED:

@@ -146,7 +146,7 @@ def card(name: str) -> Card:
     Raises:
         DiffoptError: there is none; the sentence has the nearest name, and all.
     """
-    words = name.casefold().replace("_", " ").replace("-", " ").split()
+    words = str(name).casefold().replace("_", " ").replace("-", " ").split()
     wanted = "-".join(word for word in words if word not in ("nvidia", "geforce"))
     if wanted in CARDS:
         return CARDS[wanted]

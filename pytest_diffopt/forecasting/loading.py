@@ -102,8 +102,9 @@ class MappedFile:
         dtype, shape = getattr(torch, DTYPES[entry["dtype"]]), tuple(entry["shape"])
         if last - first <= READ_BYTES:
             return torch.zeros(shape, dtype=dtype, device=self._device)
-        empty = torch.empty(0, dtype=dtype)
-        return empty.set_(self._storage[first:last], 0, shape).to(self._device)
+        empty: Any = torch.empty(0, dtype=dtype)
+        mapped: torch.Tensor = empty.set_(self._storage[first:last], 0, shape)
+        return mapped.to(self._device)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         return {name: self.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pytest_diffopt.forecasting.record import Estimate, LiveTensors, Phase, PhaseForecast
@@ -25,12 +25,17 @@ class Peaks:
     Attributes:
         phases: a peak for each component in each phase, in the order in which they first were.
         at: index of the event that made the highest peak as expected; -1 where nothing was allocated.
-        floor_bytes: the highest peak with no workspace of kernels.
+        floors: phase → its highest peak with no workspace of kernels.
     """
 
     phases: tuple[PhaseForecast, ...]
     at: int
-    floor_bytes: int
+    floors: Mapping[Phase, int]
+
+    @property
+    def floor_bytes(self) -> int:
+        """The highest peak with no workspace of kernels: less cannot be enough."""
+        return max(self.floors.values(), default=0)
 
     @property
     def total(self) -> Estimate:
@@ -48,11 +53,13 @@ class Peaks:
 
 def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
     """The peaks of each phase, component by component; everything that is live counts, whoever holds it."""
-    live = floor = highest = 0  # without workspaces, which come and go within an event
+    live = highest = 0  # without workspaces, which come and go within an event
     at = -1
     workspaces: set[int] = set()
+    born: set[int] = set()
     found: dict[tuple[Phase, str, int], list[int]] = {}
     operations: dict[tuple[Phase, str, int], str] = {}
+    floors: dict[Phase, int] = {}
     for index, event in enumerate(events):
         if event.bytes < 0 and event.block in workspaces:
             workspaces.discard(event.block)
@@ -60,16 +67,21 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
         if event.low or event.high:
             now = [live + event.low, live + event.bytes, live + event.high]
             workspaces.add(event.block)
+        elif event.bytes < 0:
+            now = [live] * 3  # what is given back was there when it was
+            if event.block in born:  # and what was there before everything belongs to others
+                born.discard(event.block)
+                live += event.bytes
         else:
-            # what is given back was there when it was
-            now = [live + max(event.bytes, 0)] * 3
+            born.add(event.block)
             live += event.bytes
-            floor = max(floor, live)
-        if now[1] > highest:
-            highest, at = now[1], index
+            now = [live] * 3
         key = _phase_of(marks[event.mark])
         if key is None:
             continue
+        floors[key[0]] = max(floors.get(key[0], 0), live)
+        if now[1] > highest:
+            highest, at = now[1], index
         peak = found.setdefault(key, [0, -1, 0])
         if now[1] > peak[1]:
             operations[key] = event.operation if event.bytes > 0 else ""
@@ -78,7 +90,70 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
         PhaseForecast(phase, component, Estimate(*peak), call, operations.get((phase, component, call), ""))
         for (phase, component, call), peak in found.items()
     )
-    return Peaks(phases, at, floor)
+    return Peaks(phases, at, floors)
+
+
+def with_kept(peaks: Peaks, size: int) -> Peaks:
+    """The same, where up to so many bytes more may be kept from the first call on."""
+    phases = [
+        replace(one, peak=replace(one.peak, high=one.peak.high + size)) if one.phase == "call" else one
+        for one in peaks.phases
+    ]
+    return replace(peaks, phases=tuple(phases))
+
+
+def load_of_any_order(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Estimate:
+    """The peak of loading: in the order in which the components were loaded as expected, in the best and in the worst.
+
+    A component that takes more while it loads than it keeps does so on top of those that are loaded already. What the
+    libraries load in the order of a set differs between processes.
+    """
+    live = highest = 0
+    begins: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    tops: dict[str, int] = {}
+    for event in events:
+        mark = marks[event.mark]
+        if mark.phase != LOAD:
+            continue
+        begins.setdefault(mark.component, live)
+        tops[mark.component] = max(tops.get(mark.component, 0), live, live + event.bytes)
+        live += event.bytes
+        ends[mark.component] = live
+        highest = max(highest, live)
+    kept = {name: ends[name] - begins[name] for name in ends}
+    passing = {name: max(tops[name] - begins[name] - kept[name], 0) for name in ends}
+    # what passes is least on top of others where the components that have most of it come first
+    best = before = 0
+    for name in sorted(kept, key=lambda one: -passing[one]):
+        best = max(best, before + kept[name] + passing[name])
+        before += kept[name]
+    worst = sum(kept.values()) + max(passing.values(), default=0)
+    return Estimate(min(best, highest), highest, max(worst, highest))
+
+
+def with_load(peaks: Peaks, load: Estimate) -> Peaks:
+    """The same, where the peak of loading, which is that of one of its components, has this range."""
+    loads = [one for one in peaks.phases if one.phase == "load"]
+    highest = max(loads, key=lambda one: one.peak.expected, default=None)
+    phases = tuple(
+        replace(one, peak=replace(one.peak, low=load.low, high=max(load.high, one.peak.high)))
+        if one is highest
+        else one
+        for one in peaks.phases
+    )
+    # that of another component may not be had in the best order either
+    phases = tuple(
+        replace(one, peak=replace(one.peak, low=min(one.peak.low, load.low))) if one.phase == "load" else one
+        for one in phases
+    )
+    return replace(peaks, phases=phases, floors={**peaks.floors, **({"load": load.low} if loads else {})})
+
+
+def with_unknown_sizes(peaks: Peaks) -> Peaks:
+    """The same, where of some sizes in calls the most was taken: nobody knows the least, only what is resident."""
+    phases = tuple(replace(one, peak=replace(one.peak, low=0)) if one.phase == "call" else one for one in peaks.phases)
+    return replace(peaks, phases=phases, floors={**peaks.floors, "call": 0})
 
 
 def live_at(

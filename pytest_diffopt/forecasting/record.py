@@ -109,6 +109,7 @@ class Forecast:
         host_bytes: the highest on the host: weights that wait there, pinned or in mapped files, and working memory.
         pinned_bytes: of it, pinned, at the highest.
         h2d_bytes, d2h_bytes: that the last call moves to the accelerator, and back.
+        step_h2d_bytes, step_d2h_bytes: of it, what its last denoising step moves, as each further step would.
         assumptions: what was taken for granted: versions, kernels, the order of loading.
         wide: what makes a range wide, each in a sentence.
         unknown: what could not be known, each in a sentence; where there is any, nothing is ever said to fit.
@@ -138,6 +139,8 @@ class Forecast:
     pinned_bytes: int = 0
     h2d_bytes: int = 0
     d2h_bytes: int = 0
+    step_h2d_bytes: int = 0
+    step_d2h_bytes: int = 0
     assumptions: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()

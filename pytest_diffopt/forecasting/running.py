@@ -9,22 +9,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import inspect
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.errors import DiffoptError, ForecastError, ReplicaError
-from pytest_diffopt.forecasting import loading
+from pytest_diffopt.forecasting import kept_tables, loading
 from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
 from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
 from pytest_diffopt.forecasting.generations import GENERATIONS, Generation, generation
-from pytest_diffopt.forecasting.peaks import CALL, PLACE, Peaks, live_at, peaks_of, read_by_the_host
+from pytest_diffopt.forecasting.peaks import (
+    CALL,
+    PLACE,
+    Peaks,
+    live_at,
+    load_of_any_order,
+    peaks_of,
+    read_by_the_host,
+    with_kept,
+    with_load,
+    with_unknown_sizes,
+)
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
 from pytest_diffopt.observation.outputs import OutputRecorder
@@ -40,7 +53,7 @@ from pytest_diffopt.replicas.resolution import resolve_full_size
 if TYPE_CHECKING:
     import torch
 
-    from pytest_diffopt.recipe import Recipe
+    from pytest_diffopt.recipe import Compilation, Recipe
 
 DEFAULT_GENERATION = "ada"
 """Whose kernels are assumed where no GPU is named."""
@@ -65,10 +78,12 @@ def forecast(
     assume: Mapping[str, object] | None = None,
     kwargs: Mapping[str, object] | None = None,
     progress: Callable[[str], None] | None = None,
+    modify: Callable[[Any], object] | None = None,
 ) -> Forecast:
     """What a recipe takes with a full-size model: peaks, what makes them, and how sure they are. No GPU, no weights.
 
-    Every global is as before when it returns or raises, and nothing is left on the simulated device.
+    Every global is as before when it returns or raises, and nothing is left on the simulated device; what the frames of an
+    exception hold is, until it is let go.
 
     Args:
         recipe: its parts are used as they are; of its calls the prompts, the steps and ``kwargs``, not the sizes, which
@@ -83,6 +98,8 @@ def forecast(
         assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
         kwargs: further keyword arguments of the calls, over the recipe's.
         progress: told in a few words what is done.
+        modify: called with the pipeline once it is loaded, before it is placed: for what a recipe cannot say, such as
+            ``pipeline.transformer.enable_cache(...)``.
 
     Raises:
         ReplicaError: the model is unknown, or not given where the recipe names none.
@@ -102,7 +119,8 @@ def forecast(
     say = progress or (lambda words: None)
     with quietly():
         import_libraries()
-    run = _Run(full, description, assumptions, on, say)
+    formats = _memory_formats(recipe)
+    run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}), modify, formats)
     with borrowed_state(reset_compiler=False), quietly():
         run.everything()
     return run.forecast(recipe, time.perf_counter() - begun, gpu)
@@ -151,14 +169,11 @@ def _full_size_recipe(
     kwargs: Mapping[str, object],
 ) -> Recipe:
     """The recipe as it is run: not compiled, and with full-size calls."""
-    wanted: Any = sizes if sizes is not None else description.default_size
-    count = 1
-    if sizes is not None and len(sizes) and not isinstance(sizes[0], int):
-        count = len(sizes)
+    wanted = _full_sizes(recipe, description, sizes)
     call = dataclasses.replace(
         recipe.call,
         sizes=wanted,
-        calls=count,
+        calls=max(1, len(wanted or ())),
         num_inference_steps=steps if steps is not None else max(LEAST_STEPS, recipe.call.num_inference_steps),
         kwargs={**recipe.call.kwargs, **kwargs},
         inputs=None,
@@ -167,6 +182,40 @@ def _full_size_recipe(
     return recipe.replace(pipeline=description.name, compilation=(), dynamo={}, call=call).replace(
         order=(*order, "compilation")
     )
+
+
+def _full_sizes(
+    recipe: Recipe, description: Description, sizes: Sequence[int] | Sequence[Sequence[int]] | None
+) -> tuple[tuple[int, ...], ...] | None:
+    """One size a call, each with as many numbers as the pipeline takes; None for what it makes by itself."""
+    import diffusers
+
+    default = description.default_size
+    if sizes is None:
+        return (default,) if default is not None else None
+    takes = inspect.signature(getattr(diffusers, description.pipeline_class).__call__).parameters
+    frames = "num_frames" in takes
+    wanted = dataclasses.replace(recipe.call, sizes=cast("Any", sizes)).sizes or ()
+    found = []
+    for size in wanted:
+        if len(size) == 3 and not frames:
+            raise ForecastError(
+                f"{recipe.name}: the size {size} has frames, and {description.pipeline_class} makes images: "
+                f"(height, width)."
+            )
+        found.append((*size, *(default or ())[2:]) if len(size) == 2 and frames else size)
+    return tuple(found)
+
+
+def _memory_formats(recipe: Recipe) -> list[tuple[str, torch.memory_format]]:
+    """What compiling a component does to its weights, which are placed all the same."""
+    import torch
+
+    return [
+        (one.component, getattr(torch, one.memory_format))
+        for one in recipe.compilation
+        if one.memory_format is not None
+    ]
 
 
 class _KeepsNothing(OutputRecorder):
@@ -186,7 +235,13 @@ class _Run:
         assumptions: Assumptions,
         on: Generation,
         say: Callable[[str], None],
+        given: frozenset[str],
+        modify: Callable[[Any], object] | None,
+        memory_formats: Sequence[tuple[str, torch.memory_format]],
     ) -> None:
+        self._memory_formats = memory_formats
+        self._given = given  # arguments of the call that are not the recipe's
+        self._modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
         self.accelerator: Accelerator = select("sim")
         self.ledger = ResidencyLedger(self.accelerator)
@@ -196,9 +251,13 @@ class _Run:
         self.parameters: dict[str, int] = {}
         self.weights_bytes: dict[str, int] = {}
         self.host_bytes = self.pinned_bytes = self.h2d_bytes = self.d2h_bytes = 0
+        self._host_before = self._pinned_before = 0
         self.reserved = Estimate(0, 0, 0)
+        self.last_runs: dict[
+            str, tuple[int, int, int]
+        ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
-        self._running: list[str] = []
+        self._raised: tuple[BaseException, str] | None = None
         self._workspace: torch.Tensor | None = None
 
     @property
@@ -218,7 +277,14 @@ class _Run:
                 on_built=self._count_parameters,
             )
             recipe = self.recipe.replace(pipeline=str(checkpoint))
-            with self._settings(), self.accelerator.known_to_libraries(), self._frozen(), self._dry() as dry:
+            with (
+                self._settings(),
+                self.accelerator.known_to_libraries(),
+                kept_tables.made_anew(),
+                self._frozen(),
+                self._dry() as dry,
+            ):
+                guessed = dry.guesses  # of one that was open before
                 try:
                     self._prepare_and_call(recipe)
                 except DiffoptError:
@@ -226,14 +292,19 @@ class _Run:
                 except Exception as error:
                     raise ForecastError(self._stopped(error)) from error
                 finally:
-                    self.guesses, self.read = dry.guesses, dry.blocks_read
+                    self._raised = None
+                    self.guesses = tuple(guess for guess in dry.guesses if guess not in guessed)
+                    self.read = dry.blocks_read
                     self._workspace = None
-            gc.collect()
-            self.accelerator.empty_cache()
 
     def _prepare_and_call(self, recipe: Recipe) -> None:
         self.ledger.open(0)
         try:
+            if not self.ledger.is_open:
+                raise ForecastError(
+                    f"{self.recipe.name}: what happens on the simulated device is recorded for somebody else; "
+                    f"forecast before or after it."
+                )
             quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
             with (
                 self.assumptions.in_force(text_encoder_is_quantized=quantized),
@@ -242,6 +313,8 @@ class _Run:
                 prepared = prepare(recipe, self.accelerator, on_loaded=self._loaded)
             try:
                 self.ledger.look()
+                if recipe.quantization is not None and recipe.order[0] != "quantization":
+                    self._count_weights(prepared)
                 self._note_host(prepared)
                 self._call(prepared)
             finally:
@@ -262,8 +335,11 @@ class _Run:
         self.ledger.knows(prepared.components)
         self.ledger.look()
         prepared.default_size = self.description.default_size
-        for name, module in prepared.components.items():
-            self.weights_bytes[name] = sum({id(tensor): tensor.nbytes for _, tensor in weights_of(module)}.values())
+        self._count_weights(prepared)
+        for component, format_ in self._memory_formats:
+            prepared.components[component].to(memory_format=format_)  # type: ignore[call-overload]
+        if self._modify is not None:
+            self._modify(prepared.pipeline)
         self.phase = "placing"
         self.say(self.phase)
         self.ledger.phase(PLACE)
@@ -280,6 +356,7 @@ class _Run:
                 if self.assumptions.cublas_workspace and self._workspace is None:
                     size = self.on.cublas_workspace_bytes
                     self._workspace = torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
+                self.last_runs = {}
                 before = self.accelerator.transferred_bytes() or {}
                 prepared.run(prepared.arguments(call))
                 after = self.accelerator.transferred_bytes() or {}
@@ -294,22 +371,35 @@ class _Run:
         from torch.nn.modules import module as hooks
 
         said = ""
+        entered: list[str] = []  # for each module that runs the component whose part it is, where nobody else said so
+        begun: list[dict[str, int]] = []
 
         def begins(module: torch.nn.Module, _args: Any) -> None:
             nonlocal said
             component, path = self._names.get(id(module), ("", ""))
+            if component and component != said:
+                said = component
+                self.say(f"{self.phase}: {component}")
             if component and not path:
-                self._running.append(component)
-                if component != said:
-                    said = component
-                    self.say(f"{self.phase}: {component}")
+                begun.append(self.accelerator.transferred_bytes() or {})
+            # a pipeline may call a part of a component itself
+            entered.append(component if component and path and component not in self.ledger.running_now else "")
+            if entered[-1]:
+                self.ledger.entered(component)
             self.ledger.module_entered(path)
 
         def ends(module: torch.nn.Module, _args: Any, _result: Any) -> None:
             component, path = self._names.get(id(module), ("", ""))
-            if component and not path and self._running:
-                self._running.pop()
+            error = sys.exc_info()[1]
+            if error is not None and (self._raised is None or self._raised[0] is not error):
+                self._raised = (error, component)
+            if component and not path and begun:
+                now, before = self.accelerator.transferred_bytes() or {}, begun.pop()
+                runs = self.last_runs.get(component, (0,))[0] + 1
+                self.last_runs[component] = (runs, now["h2d"] - before["h2d"], now["d2h"] - before["d2h"])
             self.ledger.module_left()
+            if entered and (component := entered.pop()):
+                self.ledger.left(component)
 
         first = hooks.register_module_forward_pre_hook(begins)
         last = hooks.register_module_forward_hook(ends, always_call=True)
@@ -332,7 +422,18 @@ class _Run:
         stats = self.sim.host_memory_stats()
         self.sim.reset_peak_host_memory_stats()
         self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + sum(mapped.values()))
-        self.pinned_bytes = max(self.pinned_bytes, stats["peak_pinned"])
+        self.pinned_bytes = max(self.pinned_bytes, stats["peak_pinned"] - self._pinned_before)
+
+    def _count_weights(self, prepared: Prepared) -> None:
+        """Weights that two components share are the first one's."""
+        seen: set[tuple[str, int]] = set()
+        for name, module in prepared.components.items():
+            self.weights_bytes[name] = 0
+            for _, tensor in weights_of(module):
+                where = (tensor.device.type, tensor.untyped_storage().data_ptr())
+                if where not in seen:
+                    seen.add(where)
+                    self.weights_bytes[name] += tensor.untyped_storage().nbytes()
 
     def _count_parameters(self, name: str, module: torch.nn.Module) -> None:
         self.parameters[name] = parameter_count(module)
@@ -346,7 +447,8 @@ class _Run:
         return [name for name, one in self.description.components.items() if one.class_name in _T5]
 
     def _stopped(self, error: Exception) -> str:
-        where = f"{self.phase}" + (f", in {self._running[-1]}" if self._running else "")
+        raised, component = self._raised or (None, "")
+        where = f"{self.phase}, in {component}" if component and raised in _causes(error) else self.phase
         words = str(error).strip().splitlines()
         return (
             f"{self.recipe.name} on {self.description.name} stopped in {where}: "
@@ -365,13 +467,20 @@ class _Run:
         capacity, allowed, caching = ops.capacity(index), ops.allowed(index), self.sim.is_caching_allocator()
         gc.collect()
         self.accelerator.empty_cache()
+        others = self.sim.memory_allocated()
         self.sim.set_memory_limit(_ROOM_BYTES)
         self.sim.set_caching_allocator(True)
         self.sim.reset_peak_host_memory_stats()
-        self._host_before = self.sim.host_memory_stats()["allocated"]
+        stats = self.sim.host_memory_stats()
+        self._host_before, self._pinned_before = stats["allocated"], stats["pinned"]
         try:
             yield
         finally:
+            gc.collect()
+            if self.sim.memory_allocated() > others:
+                kept_tables.forget(self.accelerator.kind)
+                gc.collect()
+            self.accelerator.empty_cache()
             self.sim.set_caching_allocator(caching)
             self.sim.set_memory_limit(capacity)
             ops.set_allowed(index, allowed)
@@ -404,10 +513,16 @@ class _Run:
     def forecast(self, recipe: Recipe, seconds: float, gpu: str | None) -> Forecast:
         """Everything that was written down, as plain data."""
         events, marks = self.ledger.events, self.ledger.marks
-        peaks = peaks_of(events, marks)
+        peaks = with_load(peaks_of(events, marks), load_of_any_order(events, marks))
+        if self.guesses:
+            peaks = with_unknown_sizes(peaks)
+        pools = self._graph_pools(recipe, peaks)
+        kept = sum(pools.values())
+        peaks = with_kept(peaks, kept)
+        self.reserved = dataclasses.replace(self.reserved, high=self.reserved.high + kept)
         highest = peaks.highest
         assert highest is not None  # a call always takes something
-        wide, unknown = self._doubts(recipe, peaks)
+        wide, unknown = self._doubts(peaks, pools)
         return Forecast(
             recipe=recipe.name,
             model=self.description.name,
@@ -429,6 +544,8 @@ class _Run:
             pinned_bytes=self.pinned_bytes,
             h2d_bytes=self.h2d_bytes,
             d2h_bytes=self.d2h_bytes,
+            step_h2d_bytes=self._of_a_step(1),
+            step_d2h_bytes=self._of_a_step(2),
             assumptions=self._assumed(recipe, gpu),
             wide=wide,
             unknown=unknown,
@@ -438,37 +555,64 @@ class _Run:
             residency=self.ledger.record,
         )
 
+    def _of_a_step(self, way: int) -> int:
+        """What the components that run at every step moved at the last one; one that runs twice a step counts twice."""
+        steps = self.recipe.call.num_inference_steps
+        return sum(run[way] * (run[0] // steps) for run in self.last_runs.values())
+
     def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
         libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES if name != "pytest-diffopt")
         said = [
             f"Libraries as installed: {libraries}.",
             f"Kernels of {self.on.name.capitalize()} GPUs"
             + (f", as {gpu} is one." if gpu is not None else "; no GPU was named."),
-            "Components load one after the other, in the order of the pipeline's arguments, each with one thread.",
+            "Components load one after the other, each with one thread, in the order of the pipeline's arguments.",
         ]
         quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
         said += self.assumptions.sentences(
             text_encoder_is_quantized=quantized, has_t5=bool(self._t5_encoders()) and recipe.dtype == "bfloat16"
         )
+        passed = {name: value for name, value in self.recipe.call.kwargs.items() if name not in self._given}
+        if passed:
+            shown = ", ".join(f"{name} = {value!r}" for name, value in passed.items())
+            said.append(f"Calls get the recipe's own arguments, though they may be meant for a replica: {shown}.")
         if recipe.compilation:
             said.append(
                 "torch.compile is not run: eager's peak stands for that of compiled code, which fuses operations."
             )
         return tuple(said)
 
-    def _doubts(self, recipe: Recipe, peaks: Peaks) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _graph_pools(self, recipe: Recipe, peaks: Peaks) -> dict[str, int]:
+        """Component that is recorded as CUDA graphs → the most that their pool may keep: all it works with at once."""
+        pools: dict[str, int] = {}
+        record = self.ledger.record
+        for compilation in recipe.compilation:
+            if not _records_graphs(compilation):
+                continue
+            component = compilation.component
+            works = max((phase.working.get(component, 0) for phase in (record.phases if record else ())), default=0)
+            own = [one.peak for one in peaks.phases if one.phase == "call" and one.component == component]
+            pools[component] = works + max((peak.high - peak.expected for peak in own), default=0)
+        return pools
+
+    def _doubts(self, peaks: Peaks, pools: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         wide: list[str] = []
-        if peaks.total.high > peaks.total.low:
+        kept = sum(pools.values())
+        matter = [one for one in peaks.phases if one.peak.high > peaks.total.low]  # the others are below the range
+        loads = [one.peak for one in matter if one.phase == "load" and one.peak.high > one.peak.low]
+        if loads:
+            load = max(loads, key=lambda peak: peak.high)
+            wide.append(f"The libraries load components in an order that differs between processes: {load}.")
+        if not self.guesses and any(one.phase == "call" and one.peak.high - kept > one.peak.low for one in matter):
             wide.append(
                 f"What cuDNN's convolutions and attention take while they run depends on the GPU and its libraries: "
                 f"{peaks.total}."
             )
-        for compilation in recipe.compilation:
-            if compilation.mode in ("reduce-overhead", "max-autotune"):
-                wide.append(
-                    f"mode {compilation.mode!r} on {compilation.component} records CUDA graphs, whose pool is kept; "
-                    f"its size is not modelled."
-                )
+        for component, size in pools.items():
+            wide.append(
+                f"{component} is recorded as CUDA graphs, whose pool is kept; the most that it may keep, "
+                f"{size / 2**30:.2f} GiB, is in the most."
+            )
         wide += self.guesses
         unknown = []
         for component, operation, size in read_by_the_host(self.ledger.events, self.ledger.marks, self.read):
@@ -478,6 +622,25 @@ class _Run:
                     f"what it does for other values is not known."
                 )
         return tuple(wide), tuple(unknown)
+
+
+def _records_graphs(compilation: Compilation) -> bool:
+    """Whether compiled code is recorded as CUDA graphs."""
+    options = compilation.options or {}
+    return (
+        compilation.mode in ("reduce-overhead", "max-autotune")
+        or compilation.backend == "cudagraphs"
+        or bool(options.get("triton.cudagraphs"))
+    )
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An exception, and those that it was raised for."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _numbers(cost: Callable[..., Estimate]) -> Callable[..., list[int]]:

@@ -71,7 +71,10 @@ class ResidencyLedger:
         self._components: dict[str, torch.nn.Module] = {}
 
     def open(self, before_bytes: int) -> None:
-        """Begin with the phase of loading; ``before_bytes`` are live and belong to others."""
+        """Begin with the phase of loading; ``before_bytes`` are live and belong to others.
+
+        With 0 nothing that is there already counts, and neither does that it goes.
+        """
         self._before = before_bytes
         self._open = self.accelerator.start_allocation_events()
         if self._open:
@@ -101,6 +104,16 @@ class ResidencyLedger:
                 found.setdefault(block, name)  # of two components that share one, the first
                 self.paths[block] = path
         self._mark(found)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is written down."""
+        return self._open
+
+    @property
+    def running_now(self) -> tuple[str, ...]:
+        """The components that run, the outermost first."""
+        return tuple(self._running)
 
     @contextmanager
     def running(self, component: str) -> Iterator[None]:
@@ -141,6 +154,8 @@ class ResidencyLedger:
             return
         self._open = False
         self.events = self.accelerator.allocation_events()
+        if not self._before:
+            self.events = _without_others(self.events)
         self.accelerator.stop_allocation_events()
         self.record = attribute(self.events, self.marks, self._before)
         self._components = {}
@@ -150,6 +165,12 @@ class ResidencyLedger:
             self.accelerator.mark_allocation_events(len(self.marks))
             component = self._running[-1] if self._running else ""
             self.marks.append(Mark(self._phase, component, weights or {}, self._modules[-1] if self._modules else ""))
+
+
+def _without_others(events: Sequence[AllocationEvent]) -> list[AllocationEvent]:
+    """The events of blocks that came while they were written down; copies stay, since they tell where weights lie."""
+    born = {event.block for event in events if event.bytes > 0}
+    return [event for event in events if event.bytes >= 0 or event.block in born]
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

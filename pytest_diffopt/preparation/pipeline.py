@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.preparation import compilation, offloading, quantization
+from pytest_diffopt.preparation import autoencoder, compilation, offloading, quantization
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Prepared:
     kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
     offloaded: offloading.Offloaded = field(default_factory=offloading.Offloaded)
+    switched: autoencoder.Switched = field(default_factory=autoencoder.Switched)
 
     def module_names(self) -> dict[int, tuple[str, str]]:
         """id of a module → (component, path in it), for every module of every component."""
@@ -100,12 +101,14 @@ class Prepared:
             return result
 
     def release(self) -> None:
-        """Take off what was put on: compiled calls and offloading hooks. A factory may return the same object again."""
+        """Take off what was put on: compiled calls, offloading hooks, the VAE's switches. A factory may return the same
+        object again."""
         for module in self.components.values():
             compilation.uncompile(module, self.compiled_before)
         if self.recipe.offloading is not None:
             offloading.take_off(self.pipeline, self.components)
             self.offloaded.clean_up()
+        self.switched.put_back()
 
     def detach(self) -> None:
         """Continue on a copy of what a factory returned, so that nothing more happens to the object itself."""
@@ -183,6 +186,7 @@ def prepare(
     prepared.compiled_before = compilation.compiled_ids(prepared.components)
     if on_loaded is not None:
         on_loaded(prepared)
+    prepared.switched.switch_on(prepared.components, recipe)
     if recipe.order[0] != "quantization":
         _place(prepared)
     for part in recipe.order:

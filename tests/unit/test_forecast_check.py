@@ -59,7 +59,7 @@ def test_a_recipe_that_does_not_fit_fails_with_where_and_what_to_try() -> None:
             (
                 "flux · forecast: flux.1-dev peaks at 33.50 GiB while transformer runs: "
                 "16.00 GiB allowed, at least 17.50 GiB too little; "
-                "the rtx-4090 has 23.43 GiB, with CUDA's context of at least 300.00 MiB 10.36 GiB too little"
+                "the rtx-4090 has 23.43 GiB, with CUDA's context of at least 256.00 MiB 10.32 GiB too little"
             ),
             "  the peak: call 1, transformer, aten::bmm; calls of 28 steps at 1024×1024",
             "  8.00 GiB  transformer/transformer_blocks.*  weights (152 tensors)",
@@ -79,7 +79,7 @@ def test_a_recipe_that_may_fit_is_unverified_with_what_makes_the_range_wide() ->
     assert verdict.sentence == (
         "flux.1-dev peaks at 15.00 GiB (14.00 to 24.00) while transformer runs: "
         "its range reaches 8.00 GiB over the 16.00 GiB allowed; "
-        "with what the allocator reserves and CUDA's context of up to 600.00 MiB its range reaches 1.16 GiB over the "
+        "with what the allocator reserves and CUDA's context of up to 640.00 MiB its range reaches 1.20 GiB over the "
         "23.43 GiB of the rtx-4090"
     )
     assert "the range is wide: the workspace of cuDNN" in verdict.evidence

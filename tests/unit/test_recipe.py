@@ -179,7 +179,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast"
+            "forecast, vae_tiling, vae_slicing"
         ),
     ]
 
@@ -195,11 +195,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijklm") == [
+    assert mistakes(Recipe, *"abcdefghijklmno") == [
         (
-            "Recipe: found 13 positional arguments; it takes 12: "
+            "Recipe: found 15 positional arguments; it takes 14: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast"
+            "forecast, vae_tiling, vae_slicing"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]
@@ -543,6 +543,8 @@ _CHANGES: dict[str, Any] = {
     "offloading": None,
     "dynamo": {"recompile_limit": 1001},
     "call": Call(calls=5),
+    "vae_tiling": True,
+    "vae_slicing": True,
 }
 
 
@@ -649,6 +651,15 @@ def test_the_content_hash_does_not_change_with_the_name_or_the_contract_but_equa
 def test_the_content_hash_is_the_same_in_every_process_for_what_toml_can_hold() -> None:
     # Recorded baselines are found by it: a change of this value makes all of them unknown.
     assert full().content_hash == "cedd78d81af249c7d0d205e6083f2a8968423e4a9050747b8ddfa25109e911e3"
+
+
+@pytest.mark.parametrize("tiling", [1, 31, "true", None, 64.0])
+def test_tiles_are_true_false_or_a_side_in_pixels(tiling: Any) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe("a", "tiny", vae_tiling=tiling)
+    assert error.value.problems[0].path == "vae_tiling"
+    assert error.value.problems[0].allowed == "true, false, or the side of a tile in pixels, an int >= 32"
+    assert Recipe("a", "tiny", vae_tiling=32).vae_tiling == 32
 
 
 def test_values_that_python_takes_for_equal_stay_apart() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
 
+from pytest_diffopt.accelerators import Accelerator
 from pytest_diffopt.accelerators.allocation_events import AllocationEvent as Event
 from pytest_diffopt.observation.observation import Owner, Residency
-from pytest_diffopt.observation.residency import POINTS, Mark, attribute, weights_of
+from pytest_diffopt.observation.residency import POINTS, Mark, ResidencyLedger, attribute, weights_of
 
 A, B = Owner("a", "weights"), Owner("b", "weights")
 A_WORKS, OTHER, BEFORE = Owner("a", "working"), Owner("", "other"), Owner("", "before")
@@ -94,6 +96,39 @@ def test_an_address_that_is_used_again_is_another_block() -> None:
 
 def test_what_was_there_before_shrinks_when_it_is_given_back() -> None:
     assert attribute([Event(5, -30, "", 0)], [mark()], 100).bytes == ((100,), (70,))
+
+
+class _TellsEvents:
+    """A device that wrote these events down."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
+
+    def start_allocation_events(self) -> bool:
+        return True
+
+    def mark_allocation_events(self, mark: int) -> None:
+        pass
+
+    def allocation_events(self) -> list[Event]:
+        return self.events
+
+    def stop_allocation_events(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("before", "rows"), [(0, ((0,), (5,))), (100, ((0, 100), (0, 70), (5, 70)))])
+def test_memory_of_others_that_goes_is_told_only_where_it_counts(
+    before: int, rows: tuple[tuple[int, ...], ...]
+) -> None:
+    device = _TellsEvents([Event(900, -30, "", 0), Event(1, 5, "aten::mm", 0), Event(900, 0, "", 0, source=1)])
+    ledger = ResidencyLedger(cast("Accelerator", device))
+    ledger.open(before)
+    assert ledger.is_open
+    ledger.close()
+    assert not ledger.is_open
+    assert ledger.record is not None
+    assert ledger.record.bytes == rows
 
 
 def test_each_phase_has_its_peak_and_what_ran_then() -> None:

@@ -197,10 +197,11 @@ class _Standing:
             return
         rules.remove(rule)
         if not rules:
-            _ops.forget_rules()
             if rule.kind == "kernel":
                 _ops.stop_intercepting(*_parts(rule.name))
+            _ops.forget_rules()
             self._defined.pop(key)._destroy()
+            _ops.forget_rules()  # another thread may have asked in between
             del self._rules[key]
 
     @staticmethod
@@ -225,8 +226,15 @@ def _kernel_of(rules: Sequence[Rule]) -> Function:
 
 def _cost_of(rules: Sequence[Rule]) -> Function:
     def three(*args: Any, **kwargs: Any) -> list[int]:
-        found = rules[-1].function(*args, **kwargs)
-        return [int(found)] * 3 if isinstance(found, int | float) else [int(number) for number in found]
+        rule = rules[-1]
+        found = rule.function(*args, **kwargs)
+        try:
+            return [int(found)] * 3 if isinstance(found, int | float) else [int(number) for number in found]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"The cost of {rule.name} is a number of bytes, or three in rising order: at the least, expected, at the "
+                f"most; found {found!r}"
+            ) from error
 
     return three
 
@@ -334,10 +342,31 @@ def _native_layer_norm(
     return result, mean, deviation
 
 
+def _unique_dim(
+    self: torch.Tensor, dim: int, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _every_element("aten::unique_dim")
+    along = self.shape[dim]
+    return self.new_empty(self.shape), _longs(self, along), _longs(self, along)
+
+
+def _only_writes(*arguments: Any, **options: Any) -> None:
+    """Its results stand among its arguments already; or it looks for errors, and nobody knows of any."""
+
+
+def _logcumsumexp(self: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.empty_like(self, memory_format=torch.contiguous_format)
+
+
 _OWN: dict[str, Function] = {
+    "aten::_cummax_helper": _only_writes,
+    "aten::_cummin_helper": _only_writes,
+    "aten::_linalg_check_errors": _only_writes,
+    "aten::_logcumsumexp": _logcumsumexp,
     "aten::native_layer_norm": _native_layer_norm,
     "aten::nonzero": _nonzero,
     "aten::masked_select": _masked_select,
     "aten::_unique2": _unique,
     "aten::unique_consecutive": _unique_consecutive,
+    "aten::unique_dim": _unique_dim,
 }

@@ -98,6 +98,13 @@ at::Tensor Aliases::device(const at::Tensor& tensor) {
   return tensor_over(device_storage(tensor), c10::DispatchKey::PrivateUse1, tensor);
 }
 
+bool Aliases::holds(const at::Tensor& device) const {
+  const auto* storage = device.storage().unsafeGetStorageImpl();
+  for (const auto& pair : storages_)
+    if (pair.device.get() == storage) return true;
+  return false;
+}
+
 std::vector<int64_t> Aliases::blocks() const {
   std::vector<int64_t> numbers;
   for (const auto& pair : storages_) numbers.push_back(block_number(*pair.device));

@@ -30,6 +30,8 @@ class Aliases {
   at::Tensor keep_on_host(const at::Tensor& tensor);
   // The device's view of what a kernel returned: an argument, a view of one, or new memory, which is taken over.
   at::Tensor device(const at::Tensor& tensor);
+  // Whether it shares memory with an argument.
+  bool holds(const at::Tensor& device) const;
   // The device's blocks among the arguments.
   std::vector<int64_t> blocks() const;
   // After the kernel: reallocated memory and changed shapes (out=, resize_, set_) of arguments, carried to the device.

@@ -145,14 +145,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-    auto* impl = storage.unsafeGetStorageImpl();
-    c10::DeviceGuard on(impl->device());
-    const bool unknown = hollow(*impl);
-    c10::DataPtr data = unknown ? take_hollow(bytes, impl->device().index()) : device_allocator()->allocate(bytes);
-    const size_t kept = std::min(bytes, impl->nbytes());
-    if (kept && impl->data() && !unknown && !dry_size(bytes)) std::memcpy(data.mutable_get(), impl->data(), kept);
-    impl->set_data_ptr_noswap(std::move(data));
-    impl->set_nbytes(bytes);
+    resize_storage(*storage.unsafeGetStorageImpl(), bytes);
   }
 };
 

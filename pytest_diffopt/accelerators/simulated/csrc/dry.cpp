@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -104,9 +105,28 @@ void run_rule(const c10::OperatorHandle& rule, const c10::OperatorHandle& op, to
     break;
   }
   if (ledger_open()) credit_operation(blocks_from(*stack, first));
+  std::vector<at::Tensor> arguments, written;
+  for (size_t i = first; i < stack->size(); i++) {
+    const auto* alias = op.schema().arguments()[i - first].alias_info();
+    each_tensor((*stack)[i], [&](const at::Tensor& tensor) {
+      if (!on_sim(tensor)) return;
+      arguments.push_back(tensor);
+      if (alias && alias->isWrite()) written.push_back(tensor);
+    });
+  }
   KernelScope kernel;
   rule.callBoxed(stack);
-  if (ledger_open()) credit_operation(blocks_from(*stack, stack->size() - op.schema().returns().size()));
+  // whoever wrote the rule knows sizes and no values: what comes out is hollow, however small it is
+  for (const auto& tensor : written) make_hollow(*tensor.storage().unsafeGetStorageImpl());
+  const size_t results = stack->size() - op.schema().returns().size();
+  for (size_t i = results; i < stack->size(); i++)
+    each_tensor((*stack)[i], [&](const at::Tensor& tensor) {
+      const bool given = std::any_of(arguments.begin(), arguments.end(), [&](const at::Tensor& argument) {
+        return argument.storage().unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl();
+      });
+      if (on_sim(tensor) && !given) make_hollow(*tensor.storage().unsafeGetStorageImpl());
+    });
+  if (ledger_open()) credit_operation(blocks_from(*stack, results));
 }
 
 void intercept(const std::string& name, const std::string& overload) {

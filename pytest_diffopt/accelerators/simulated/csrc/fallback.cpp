@@ -152,8 +152,11 @@ void run_meta_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   try {
     if (known) op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
   } catch (const std::exception& error) {
-    // torch has one meta kernel for all operations that lack one, which says so
-    if (std::string_view(error.what()).find("no fake impl or Meta kernel registered") == std::string_view::npos) throw;
+    // torch has one meta kernel for all operations that lack one, which says so; repeat_interleave's needs values
+    const std::string_view said(error.what());
+    if (said.find("no fake impl or Meta kernel registered") == std::string_view::npos &&
+        said.find("repeat_interleave a meta tensor") == std::string_view::npos)
+      throw;
     known = false;
   }
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -247,7 +250,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       !has_generator || !host_tensor || aliases.index >= 0,
       "Expected a 'cpu' device type for generator but found 'sim'");
   if (aliases.index < 0) aliases.index = current_device();
-  count_kernel(aliases.index);
+  if (!shaping()) count_kernel(aliases.index);
   if (ledger_open()) credit_operation(aliases.blocks());
 
   std::optional<DrawsOf> draws;
@@ -280,8 +283,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<at::Tensor> results;
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (shapes) {
-      // they are on the device already
+    if (shapes) {  // they are on the device already
+      each_tensor(value, [&](const at::Tensor& tensor) {
+        if (on_sim(tensor) && !aliases.holds(tensor)) make_hollow(*tensor.storage().unsafeGetStorageImpl());
+      });
     } else if (value.isTensor()) {
       if (value.toTensor().defined()) value = aliases.device(value.toTensor());
     } else if (value.isTensorList()) {
@@ -293,6 +298,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (cost) charge_cost(*cost, aliases.index, results, std::move(arguments));
 }
+
+bool shaping() { return t_shaping != nullptr; }
 
 void record_operations(bool on) {
   std::lock_guard<std::mutex> held(g_recorded_lock);

@@ -21,6 +21,8 @@
 #include <c10/util/strides.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "aliasing.h"
 #include "dry.h"
 #include "ledger.h"
@@ -75,13 +77,19 @@ bool unknown_on_host(const Tensor& tensor) {
   return tensor.is_cpu() && tensor.has_storage() && sim::unknown_on_host(*tensor.storage().unsafeGetStorageImpl());
 }
 
+// A known copy into host memory that was unknown: all of it is known now, if nothing of it was left out.
+void know_on_host(const Tensor& to) {
+  if (unknown_on_host(to) && to.is_non_overlapping_and_dense() && to.nbytes() == to.storage().nbytes())
+    mark_known_on_host(*to.storage().unsafeGetStorageImpl());
+}
+
 // A copy of what nobody computed: only whether it could be copied is seen, and that it is not known there either.
 void copy_unknown(const Tensor& to, const Tensor& from) {
   if (!dry()) refuse_hollow("aten::copy_");
-  at::infer_size(to.sizes(), from.sizes());
   TORCH_CHECK(
       at::is_expandable_to(from.sizes(), to.sizes()), "The size of tensor a ", to.sizes(),
       " must match the size of tensor b ", from.sizes());
+  if (to.numel() == 0) return;
   auto& storage = *to.storage().unsafeGetStorageImpl();
   if (on_sim(to)) {
     make_hollow(storage);
@@ -93,9 +101,31 @@ void copy_unknown(const Tensor& to, const Tensor& from) {
   mark_unknown_on_host(storage);
 }
 
+// torch's own functions copy what a storage holds when it grows: here it has grown before they look.
+void grow(c10::StorageImpl& storage, size_t bytes) {
+  if (bytes > storage.nbytes()) resize_storage(storage, bytes);
+}
+
+bool all_sizes(IntArrayRef size) {
+  return std::all_of(size.begin(), size.end(), [](int64_t one) { return one >= 0; });
+}
+
+const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
+  const Running running("aten::resize_");
+  if (all_sizes(size) && c10::multiply_integers(size) > 0)
+    grow(
+        *self.storage().unsafeGetStorageImpl(),
+        at::detail::computeStorageNbytesContiguous(size, self.element_size(), self.storage_offset()));
+  return at::native::resize_(self, size, format);
+}
+
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   const bool to_sim = on_sim(to), from_sim = on_sim(from);
   const int device = (to_sim ? to : from).device().index();
+  if (shaping()) {  // what it holds is not known, and the real kernel makes no copy
+    if (to_sim) make_hollow(*to.storage().unsafeGetStorageImpl());
+    return to;
+  }
   // As on CUDA, what crosses is in the target's dtype; one device's own copy and a copy to another are both d2d.
   const auto bytes = static_cast<int64_t>(to.numel() * to.element_size());
   count_copy(
@@ -115,6 +145,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   KernelScope kernel;
   Tensor target = to_sim ? aliases.host(to) : to;
   target.copy_(from_sim ? aliases.host(from) : from, non_blocking);
+  if (!to_sim) know_on_host(to);
   return to;
 }
 
@@ -125,7 +156,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
 }
 
 Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
-  at::native::resize_(to, from.sizes(), std::nullopt);
+  resize(to, from.sizes(), std::nullopt);
   return copy_from(from, to, false);
 }
 
@@ -151,20 +182,33 @@ Tensor& copy_on_host(Tensor& to, const Tensor& from, bool non_blocking) {
     copy_unknown(to, from);
     return to;
   }
-  return at::native::copy_(to, from, non_blocking);
+  at::native::copy_(to, from, non_blocking);
+  if (unknown_on_host(from)) {
+    mark_unknown_on_host(*to.storage().unsafeGetStorageImpl());
+  } else {
+    know_on_host(to);
+  }
+  return to;
 }
 
-const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
-  const Running running("aten::resize_");
-  c10::DeviceGuard on(self.device());  // torch allocates on the current device
-  return at::native::resize_(self, size, format);
-}
 
 Tensor& set_nothing(Tensor& self) {
   c10::DeviceGuard on(self.device());
   c10::Storage storage(
       c10::Storage::use_byte_size_t(), 0, device_allocator()->allocate(0), device_allocator(), /*resizable=*/true);
   return at::native::set_storage_cpu_(self, std::move(storage), 0, {0}, {});
+}
+
+Tensor& set_storage_at(Tensor& self, at::Storage storage, int64_t offset, IntArrayRef size, IntArrayRef stride) {
+  const Running running("aten::set_");
+  const bool valid = storage.device() == self.device() && offset >= 0 && all_sizes(size) && all_sizes(stride) &&
+      (stride.empty() || stride.size() == size.size());
+  if (valid && c10::multiply_integers(size) > 0)
+    grow(
+        *storage.unsafeGetStorageImpl(),
+        stride.size() == size.size() ? at::detail::computeStorageNbytes(size, stride, self.element_size(), offset)
+                                     : at::detail::computeStorageNbytesContiguous(size, self.element_size(), offset));
+  return at::native::set_storage_cpu_(self, std::move(storage), offset, size, stride);
 }
 
 Tensor& set_storage(Tensor& self, at::Storage storage) { return at::native::set_(self, std::move(storage)); }
@@ -286,7 +330,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", resize);
   m.impl("set_", set_nothing);
   m.impl("set_.source_Storage", set_storage);
-  m.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
+  m.impl("set_.source_Storage_storage_offset", set_storage_at);
   m.impl("set_.source_Tensor", TORCH_FN(at::native::set_tensor_));
   m.impl("copy_", copy_);
   m.impl("_copy_from", copy_from);

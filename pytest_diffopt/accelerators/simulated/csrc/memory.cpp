@@ -409,6 +409,27 @@ void mark_unknown_on_host(const c10::StorageImpl& storage) {
   if (auto* header = known_header(storage.data_ptr())) header->unknown = true;
 }
 
+void mark_known_on_host(const c10::StorageImpl& storage) {
+  if (auto* header = known_header(storage.data_ptr())) header->unknown = false;
+}
+
+void resize_storage(c10::StorageImpl& storage, size_t bytes) {
+  TORCH_CHECK(storage.resizable(), "Trying to resize storage that is not resizable");
+  const int device = storage.device().index();
+  const bool unknown = hollow(storage) || (bytes && dry_size(bytes));
+  c10::DataPtr data(nullptr, nullptr, &release, on_device(device));
+  if (unknown) {
+    data = take_hollow(bytes, device);
+  } else if (bytes) {
+    void* taken = take(bytes, device);
+    data = {taken, taken, &release, on_device(device)};
+    if (const size_t kept = std::min(bytes, storage.nbytes()); kept && storage.data())
+      std::memcpy(taken, storage.data(), kept);
+  }
+  storage.set_data_ptr_noswap(std::move(data));
+  storage.set_nbytes(bytes);
+}
+
 void use_workspace(int device, const Workspace& workspace) {
   Header header{};
   header.number = g_next_number++;

@@ -53,9 +53,14 @@ c10::DataPtr take_hollow(size_t bytes, int device);
 // What a device's storage holds is not known from here on; its block stays the same one.
 void make_hollow(c10::StorageImpl& storage);
 
+// Another size for a device's storage, which keeps what it holds. As torch's own, but it reads no hollow block.
+void resize_storage(c10::StorageImpl& storage, size_t bytes);
+
 // Host memory into which something unknown was copied. Told only of memory that our allocators made.
 bool unknown_on_host(const c10::StorageImpl& storage);
 void mark_unknown_on_host(const c10::StorageImpl& storage);
+// All of it was overwritten by something known.
+void mark_known_on_host(const c10::StorageImpl& storage);
 
 // What a kernel takes while it runs: at the least, as expected, at the most. The expected is charged and given back.
 struct Workspace {

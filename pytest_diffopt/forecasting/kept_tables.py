@@ -1,0 +1,48 @@
+"""What libraries keep on the device for good: a forecast counts it as in a fresh process, and leaves none of it there.
+
+Made while the device is dry, a table has no data: whoever found it later would read what is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+_DICTS = (("bitsandbytes.functional", "name2qmap"), ("bitsandbytes.backends.utils", "_code_4bit_cache"))
+_CACHED = (("bitsandbytes.backends.default.ops", "_get_4bit_quantize_bounds"),)
+"""Where bitsandbytes keeps the tables of its formats; releases that lack one keep none there."""
+
+
+@contextlib.contextmanager
+def made_anew() -> Iterator[None]:
+    """Tables of bitsandbytes' formats are made again inside; those of before are back after it."""
+    with contextlib.ExitStack() as stack:
+        for module, name in (*_DICTS, *_CACHED):
+            with contextlib.suppress(ImportError):
+                holder = importlib.import_module(module)
+                before = getattr(holder, name, None)
+                if before is not None:
+                    stack.callback(setattr, holder, name, before)
+                    setattr(holder, name, {} if isinstance(before, dict) else functools.cache(before.__wrapped__))
+        yield
+
+
+def forget(kind: str) -> None:
+    """Clear every ``functools.lru_cache`` that holds a tensor on a device of that kind, as models keep their positions."""
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and any(_on(kind, held) for held in gc.get_referents(found)):
+            found.cache_clear()
+
+
+def _on(kind: str, held: Any, depth: int = 4) -> bool:
+    import torch
+
+    if isinstance(held, torch.Tensor):
+        return held.device.type == kind
+    if type(held) is dict:
+        held = list(held.values())
+    return depth > 0 and type(held) in (list, tuple) and any(_on(kind, one, depth - 1) for one in held)

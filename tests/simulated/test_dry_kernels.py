@@ -1,0 +1,501 @@
+"""What the device does while it is dry, operation by operation, and that nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.simulated.random_programs import sim
+
+LARGE = (256, 256)  # 256 KiB of float32
+MIB = 1 << 20
+UNKNOWN = "the value of a tensor is needed that nobody computed.*when running aten::_local_scalar_dense"
+LEFT_OVER = "made while it was dry and has no data; the device is not dry any more"
+
+
+def hollow_row() -> torch.Tensor:
+    """A small tensor that depends on a large one."""
+    return torch.empty(LARGE, device="sim")[0, :4].clone()
+
+
+# ------------------------------------------------------------------------------------------------- what is hollow
+
+
+def test_a_block_is_hollow_where_it_is_larger_than_a_real_one() -> None:
+    with sim.dry(real_bytes=1024):
+        assert not sim.is_hollow(torch.empty(256, device="sim"))
+        assert sim.is_hollow(torch.empty(257, device="sim"))
+        assert not sim.is_hollow(torch.empty(0, device="sim"))
+
+
+def test_what_depends_on_a_hollow_tensor_is_hollow_however_small() -> None:
+    with sim.dry():
+        row = hollow_row()
+        assert sim.is_hollow(row.sum())
+        assert sim.is_hollow(torch.ones(4, device="sim") + row)
+        assert sim.is_hollow(row.nonzero())
+
+
+def test_what_depends_on_real_tensors_alone_is_computed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 8)
+    with sim.dry():
+        y = x.to("sim")
+        assert torch.equal((y @ y).softmax(-1).cpu(), (x @ x).softmax(-1))
+        assert y.argmax().item() == x.argmax().item()
+
+
+def test_a_real_tensor_that_a_hollow_one_is_added_to_is_hollow_and_so_are_its_views() -> None:
+    with sim.dry():
+        x = torch.ones(4, device="sim")
+        view, other = x[:2], torch.ones(4, device="sim")
+        (block,) = sim.memory_blocks([x])
+        x += hollow_row()
+        assert sim.is_hollow(view) and sim.is_hollow(x) and not sim.is_hollow(other)
+        assert sim.memory_blocks([x]) == [block]
+
+
+def test_an_out_argument_is_hollow_and_takes_the_size_of_the_result() -> None:
+    with sim.dry():
+        out = torch.empty(0, device="sim")
+        before = sim.memory_allocated()
+        torch.exp(hollow_row(), out=out)
+        assert sim.is_hollow(out)
+        assert (out.shape, sim.memory_allocated() - before) == ((4,), 16)
+
+
+def test_views_are_charged_once() -> None:
+    with sim.dry():
+        x = torch.empty(LARGE, device="sim")
+        before = sim.memory_allocated()
+        views = [x.t(), x[3:], x.view(-1), x.detach(), x.unfold(0, 2, 1), x.view(torch.int32)]
+        assert sim.memory_allocated() == before
+        assert len({view.untyped_storage()._cdata for view in views}) == 1
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [
+        lambda x: x.resize_(2 * x.numel()),
+        lambda x: x.untyped_storage().resize_(2 * x.untyped_storage().nbytes()),
+        lambda x: x.set_(x.untyped_storage(), 0, (2 * x.numel(),), (1,)),
+    ],
+    ids=["resize_", "resize_ of the storage", "set_"],
+)
+@pytest.mark.parametrize("elements", [4, 8192, 65536], ids=["small, hollow", "real, becomes hollow", "hollow"])
+def test_storages_grow_without_being_read(grow: Callable[[torch.Tensor], object], elements: int) -> None:
+    with sim.dry():
+        x = hollow_row() if elements == 4 else torch.zeros(elements, device="sim")
+        size, before = x.untyped_storage().nbytes(), sim.memory_allocated()
+        grow(x)
+        assert sim.memory_allocated() - before == size
+        assert sim.is_hollow(x) == (elements == 4 or 2 * size > 64 * 1024)
+
+
+def test_a_parameters_data_moves_between_host_and_device() -> None:
+    with sim.dry():
+        parameter = torch.nn.Parameter(torch.empty(LARGE))
+        on_host = parameter.data
+        before = sim.memory_allocated()
+        parameter.data = on_host.to("sim")
+        assert sim.is_hollow(parameter) and sim.memory_allocated() - before == on_host.nbytes
+        parameter.data = on_host
+        assert (parameter.device.type, sim.memory_allocated()) == ("cpu", before)
+
+
+# ------------------------------------------------------------------------------------------------------- the host
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_ten_gigabytes_on_the_host_cost_no_memory() -> None:
+    before = resident_bytes()
+    with sim.dry():
+        sim.reset_peak_host_memory_stats()
+        weight = torch.empty(10 << 30, dtype=torch.uint8)
+        copy = weight.clone()
+        again = copy.to("sim")
+        back = again.cpu()
+        assert sim.host_memory_stats()["allocated"] == 3 * (10 << 30)
+        del weight, copy, back, again
+        assert sim.host_memory_stats() == {
+            "allocated": 0,
+            "peak_allocated": 3 * (10 << 30),
+            "pinned": 0,
+            "peak_pinned": 0,
+        }
+    assert resident_bytes() - before < 100 * MIB
+
+
+def test_pinned_copies_are_pinned_and_counted() -> None:
+    with sim.dry():
+        pinned = torch.empty(LARGE).pin_memory()
+        assert pinned.is_pinned()
+        assert sim.host_memory_stats()["pinned"] == pinned.nbytes
+
+
+def test_what_came_from_a_hollow_tensor_is_hollow_again_on_the_device_also_by_way_of_a_host_copy() -> None:
+    with sim.dry() as run:
+        row = hollow_row()
+        host = row.cpu()
+        assert host.tolist() == [0, 0, 0, 0]
+        assert list(run.blocks_read) == sim.memory_blocks([row])
+        assert sim.is_hollow(host.to("sim"))
+        assert sim.is_hollow(host.clone().to("sim"))
+        host.copy_(torch.arange(4.0))
+        assert host.to("sim").tolist() == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------- values, sizes
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: float(x[0]),
+        lambda x: torch.arange(x[0], device="sim"),
+        lambda x: F.gaussian_nll_loss(x, x, x),
+    ],
+    ids=["item", "bool", "float", "arange", "a check of values"],
+)
+def test_a_value_that_nobody_computed_is_an_error_that_names_the_operation(
+    read: Callable[[torch.Tensor], object],
+) -> None:
+    with sim.dry(), pytest.raises(NotImplementedError, match=UNKNOWN):
+        read(hollow_row())
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("aten::equal", lambda x: torch.equal(x, x)),
+        ("aten::geqrf", lambda x: torch.geqrf(x.view(2, 2))),
+        ("aten::repeat_interleave.Tensor", lambda x: x.repeat_interleave(x.long())),
+    ],
+)
+def test_an_operation_without_meta_kernel_and_rule_is_an_error_that_names_both(
+    name: str, call: Callable[[torch.Tensor], object]
+) -> None:
+    with sim.dry(), pytest.raises(NotImplementedError) as raised:
+        call(hollow_row())
+    assert str(raised.value).splitlines()[0] == (
+        f"On the dry device {name} has neither a meta kernel nor a rule, so nobody knows what it returns. "
+        "torch.sim.register_dry_kernel gives it one."
+    )
+
+
+def test_rules_answer_them() -> None:
+    kernels = {"aten::_local_scalar_dense": lambda x: 7.0, "aten::equal": lambda x, y: True}
+    with sim.dry(kernels=kernels):
+        row = hollow_row()
+        assert (row[0].item(), torch.equal(row, row)) == (7.0, True)
+    rule = sim.register_dry_kernel("aten::geqrf", lambda x: (x.new_empty(x.shape), x.new_empty(x.shape[-1])))
+    try:
+        with sim.dry():
+            a, tau = torch.geqrf(hollow_row().view(2, 2))
+            assert sim.is_hollow(tau) and sim.is_hollow(a)
+    finally:
+        rule.remove()
+    rule.remove()
+
+
+def test_the_latest_rule_counts_until_it_is_removed() -> None:
+    older = sim.register_dry_kernel("aten::_local_scalar_dense", lambda x: 1.0)
+    newer = sim.register_dry_kernel("aten::_local_scalar_dense", lambda x: 2.0)
+    with sim.dry():
+        row = hollow_row()
+        with sim.dry(kernels={"aten::_local_scalar_dense": lambda x: 3.0}):
+            assert row[0].item() == 3
+        assert row[0].item() == 2
+        newer.remove()
+        assert row[0].item() == 1
+        older.remove()
+        with pytest.raises(NotImplementedError, match=UNKNOWN):
+            row[0].item()
+
+
+def test_a_rule_for_an_operation_that_writes_leaves_what_it_writes_to_hollow() -> None:
+    with sim.dry():
+        values, indices = hollow_row().cummax(0)
+        assert sim.is_hollow(values) and sim.is_hollow(indices)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "operation"),
+    [
+        (lambda x: x.nonzero(), (4, 1), "aten::nonzero"),
+        (lambda x: x.masked_select(x > 0), (4,), "aten::masked_select"),
+        (lambda x: x[x > 0], (4,), "aten::nonzero"),
+        (lambda x: x.unique(), (4,), "aten::_unique2"),
+        (lambda x: x.view(2, 2).unique(dim=0), (2, 2), "aten::unique_dim"),
+        (lambda x: x.unique_consecutive(), (4,), "aten::unique_consecutive"),
+    ],
+)
+def test_where_values_decide_a_size_the_most_is_taken_and_said(
+    count: Callable[[torch.Tensor], torch.Tensor], most: tuple[int, ...], operation: str
+) -> None:
+    with sim.dry() as run:
+        found = count(hollow_row())
+        assert (found.shape, sim.is_hollow(found)) == (most, True)
+    assert any(guess.startswith(operation) for guess in run.guesses)
+
+
+def test_a_mask_that_is_known_is_counted() -> None:
+    mask = torch.tensor([True, False, True, True], device="sim")
+    with sim.dry() as run:
+        row = hollow_row()
+        assert row[mask].shape == (3,)
+        row[mask] = torch.empty(LARGE, device="sim")[0, :3]
+        assert row[mask.cpu()].shape == (3,)
+    assert run.guesses == ()
+
+
+# ------------------------------------------------------------------------------------------------ nothing is left
+
+
+def test_after_it_the_device_computes_the_same_bits_and_every_byte_is_given_back() -> None:
+    def compute() -> torch.Tensor:
+        torch.manual_seed(3)
+        x = torch.randn(LARGE, device="sim")
+        found: torch.Tensor = F.layer_norm(x @ x, LARGE[-1:]).cpu()
+        return found
+
+    expected, before = compute(), sim.memory_allocated()
+    with sim.dry():
+        assert not compute().any()
+        with sim.dry(real_bytes=MIB):
+            assert torch.equal(compute(), expected)
+        assert sim.is_dry() and not compute().any()
+    assert not sim.is_dry()
+    assert torch.equal(compute(), expected)
+    assert sim.memory_allocated() == before
+
+
+def test_it_ends_with_a_raise_and_its_rules_too() -> None:
+    with pytest.raises(KeyError), sim.dry(kernels={"aten::equal": lambda x, y: True}):
+        raise KeyError
+    assert not sim.is_dry()
+    with sim.dry():
+        row = hollow_row()
+        with pytest.raises(NotImplementedError, match="aten::equal has neither"):
+            torch.equal(row, row)
+
+
+def test_an_unknown_operator_is_refused_before_anything_is_changed() -> None:
+    with pytest.raises(ValueError, match=r"There is no operator 'aten::nonzeros'"):
+        sim.dry(kernels={"aten::nonzero": lambda x: x, "aten::nonzeros": lambda x: x})
+    with pytest.raises(ValueError, match="real_bytes: found -1; it takes a number of bytes, at least 0"):
+        sim.dry(real_bytes=-1)
+    assert not sim.is_dry()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x + 1,
+        lambda x: x.cpu(),
+        lambda x: x[0].item(),
+        lambda x: x.fill_(0),
+        lambda x: torch.ones(4, device="sim").copy_(x),
+        lambda x: torch.neg(torch.ones(4, device="sim"), out=x),
+        lambda x: F.conv1d(x.view(1, 1, 4), torch.ones(1, 1, 2, device="sim")),
+        lambda x: x.view(2, 2) @ torch.ones(2, 2, device="sim"),
+    ],
+    ids=["add", "cpu", "item", "fill_", "copy_", "out", "convolution", "mm"],
+)
+def test_a_hollow_tensor_that_outlives_it_is_refused(use: Callable[[torch.Tensor], object]) -> None:
+    with sim.dry():
+        row = hollow_row()
+    with pytest.raises(RuntimeError, match=LEFT_OVER):
+        use(row)
+
+
+def test_threads_find_the_device_dry() -> None:
+    found: list[bool] = []
+    with sim.dry():
+        threads = [threading.Thread(target=lambda: found.append(sim.is_hollow(hollow_row() * 2))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 4
+
+
+# --------------------------------------------------------------------------------------------------- memory, costs
+
+
+def test_memory_that_does_not_suffice_is_missed_at_the_very_allocation() -> None:
+    with sim.dry():
+        sim.set_memory_limit(sim.memory_reserved() + 3 * MIB)
+        kept = [torch.empty(MIB, dtype=torch.uint8, device="sim") for _ in range(3)]
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 1\.00 MiB"):
+            torch.empty(MIB, dtype=torch.uint8, device="sim")
+        kept.pop()
+        torch.empty(MIB, dtype=torch.uint8, device="sim")
+
+
+def test_a_cost_counts_while_arguments_results_and_scratch_are_there() -> None:
+    def cost(results: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> tuple[int, int, int]:
+        assert (results[0].shape, x.shape) == (LARGE, LARGE)
+        return 100, 1000, 5000
+
+    with sim.dry(costs={"aten::mm": cost}):
+        x = torch.empty(LARGE, device="sim")
+        before = sim.memory_allocated()
+        sim.reset_peak_memory_stats()
+        sim.record_memory_events()
+        y = x @ x
+        sim.record_memory_events(False)
+        assert sim.max_memory_allocated() - before == y.nbytes + 1000
+        assert sim.memory_allocated() - before == y.nbytes
+    scratch = [event for event in sim.recorded_memory_events() if event.high]
+    assert [(event.bytes, event.low, event.high, event.operation) for event in scratch] == [
+        (1000, 100, 5000, "aten::mm")
+    ]
+
+
+def test_a_removed_cost_counts_no_more() -> None:
+    rule = sim.register_cost("aten::mm", lambda results, x, y: 10 * MIB)
+    peaks = []
+    with sim.dry():
+        x = torch.empty(LARGE, device="sim")
+        for remove in (lambda: None, rule.remove):
+            remove()
+            sim.reset_peak_memory_stats()
+            (x @ x)
+            peaks.append(sim.max_memory_allocated())
+    assert peaks[0] - peaks[1] == 10 * MIB
+
+
+@pytest.mark.parametrize("wrong", [(3, 2, 1), -1, (1, 2), None, float("nan"), "x"])
+def test_a_cost_that_is_none_is_an_error(wrong: Any) -> None:
+    with sim.dry(costs={"aten::mm": lambda results, x, y: wrong}):
+        x = torch.empty(LARGE, device="sim")
+        with pytest.raises(ValueError, match="in rising order: at the least, expected, at the most; found"):
+            x @ x
+
+
+def test_what_the_events_say_is_reserved_is_what_the_device_reserved() -> None:
+    sim.set_caching_allocator(True)
+    sim.empty_cache()
+    sim.reset_peak_memory_stats()
+    assert sim.memory_reserved() == sim.memory_allocated() == 0
+    costs = {"aten::mm": lambda results, x, y: (0, 3 * MIB, 50 * MIB)}
+    with sim.dry(costs=costs):
+        sim.record_memory_events()
+        kept = []
+        for size in (100, 300, 700, 1500):
+            x = torch.empty(size, size, device="sim")
+            kept.append((x @ x)[:1].clone())
+            del x
+            sim.empty_cache()
+        sim.record_memory_events(False)
+        low, expected, high = (sim.replay_reserved_memory(name) for name in ("low", "expected", "high"))
+        assert expected == sim.max_memory_reserved()
+        assert low < expected < high
+        del kept
+
+
+# ------------------------------------------------------------------------------------- computed and dry, side by side
+
+
+def counted(program: Callable[[], object]) -> tuple[dict[str, int], Any]:
+    """What the device counts while a program runs, and the layouts of what it returns."""
+    sim.reset_counts()
+    sim.reset_peak_memory_stats()
+    before = sim.memory_allocated()
+    torch.manual_seed(0)
+    found: Any = program()
+    stats = sim.memory_stats()
+    counts = {
+        "peak_bytes": sim.max_memory_allocated() - before,
+        "live_bytes": sim.memory_allocated() - before,
+        "allocations": stats["allocation.all.allocated"],
+        "kernels": sim.kernel_count(),
+        **sim.transfer_stats(),
+    }
+    results = [one for one in torch.utils._pytree.tree_leaves(found) if isinstance(one, torch.Tensor)]
+    return counts, [(one.dtype, one.shape, one.stride()) for one in results]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="sim")
+
+
+def _trained() -> list[torch.Tensor | None]:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    model.to("sim")
+    model(normal(3, 8)).square().mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def _autocast() -> torch.Tensor:
+    with torch.autocast("sim", dtype=torch.bfloat16):
+        return torch.nn.Linear(8, 8, device="sim")(normal(3, 8)).softmax(-1)
+
+
+SIDE_BY_SIDE: dict[str, Callable[[], object]] = {
+    "conv1d": lambda: F.conv1d(normal(2, 4, 9), normal(6, 2, 3), normal(6), groups=2),
+    "conv2d, channels_last": lambda: F.conv2d(
+        normal(2, 4, 9, 9).to(memory_format=torch.channels_last), normal(6, 4, 3, 3), stride=2, padding=1
+    ),
+    "conv3d": lambda: F.conv3d(normal(1, 4, 5, 6, 7), normal(6, 4, 3, 3, 3), dilation=2, padding=2),
+    "conv_transpose1d": lambda: F.conv_transpose1d(normal(1, 4, 5), normal(4, 3, 3), normal(6), stride=2, groups=2),
+    "conv_transpose2d": lambda: F.conv_transpose2d(normal(1, 4, 5, 5), normal(4, 3, 3, 3), stride=2, output_padding=1),
+    "conv_transpose3d": lambda: F.conv_transpose3d(normal(1, 4, 3, 3, 3), normal(4, 2, 2, 2, 2)),
+    "attention": lambda: F.scaled_dot_product_attention(*(normal(1, 2, 7, 8) for _ in range(3))),
+    "attention, mask": lambda: F.scaled_dot_product_attention(
+        *(normal(1, 2, 7, 8) for _ in range(3)), attn_mask=normal(7, 7)
+    ),
+    "attention, widths that the fused kernel does not take": lambda: F.scaled_dot_product_attention(
+        normal(1, 2, 7, 8), normal(1, 2, 7, 8), normal(1, 2, 7, 6)
+    ),
+    "autocast": _autocast,
+    "backward": _trained,
+    "lstm": lambda: torch.nn.LSTM(5, 6, 2, bidirectional=True).to("sim")(normal(3, 2, 5))[0].sum().backward(),
+    "gru": lambda: torch.nn.GRU(5, 6, batch_first=True).to("sim")(normal(3, 2, 5))[0].sum().backward(),
+    "batched product": lambda: torch.baddbmm(normal(2, 3, 4), normal(2, 3, 5), normal(2, 5, 4)),
+    "pixel_shuffle": lambda: F.pixel_shuffle(normal(1, 8, 3, 3), 2),
+    "fft": lambda: torch.fft.ifftn(torch.fft.fftn(normal(4, 4), dim=(-2, -1)), dim=(-2, -1)).real,
+    "inverse": lambda: torch.linalg.solve(normal(4, 4), normal(4)),
+    "cumulated": lambda: (normal(4).logcumsumexp(0), normal(4).cummax(0)),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_computed_and_dry_it_counts_the_same(name: str) -> None:
+    computed = counted(SIDE_BY_SIDE[name])
+    with sim.dry(real_bytes=0):
+        dry = counted(SIDE_BY_SIDE[name])
+    if name == "inverse":  # whether the matrix was singular is read by the host, and not asked where nobody knows it
+        assert computed[0].pop("d2h_calls") == 1 and computed[0].pop("d2h_bytes") == 1
+        assert dry[0].pop("d2h_calls") == 0 and dry[0].pop("d2h_bytes") == 0
+        assert computed[0].pop("allocations") - dry[0].pop("allocations") == 1
+    assert dry == computed
+
+
+def test_the_hosts_random_numbers_are_those_of_a_computed_run_and_the_devices_are_not_drawn() -> None:
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(5)
+        F.dropout(torch.empty(LARGE, device="sim"), 0.5)
+        torch.randn(LARGE, device="sim")
+        return torch.get_rng_state(), sim.get_rng_state()
+
+    host, device = draw()
+    with sim.dry():
+        dry_host, dry_device = draw()
+    assert torch.equal(host, dry_host)
+    sim.manual_seed(5)
+    assert torch.equal(dry_device, sim.get_rng_state())
+    assert not torch.equal(dry_device, device)
