@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -245,11 +244,10 @@ def gib(count: int) -> str:
 
 @dataclass(frozen=True)
 class Ran:
-    """A fresh process: its seconds and peak of memory, and what it printed."""
+    """A fresh process: its seconds, and what it printed."""
 
     seconds: float
     cpu_seconds: float
-    peak_bytes: int
     printed: list[float]
 
 
@@ -267,7 +265,7 @@ def fresh(code: str, *arguments: str) -> Ran:
             raise subprocess.CalledProcessError(process.returncode, command)
         out.seek(0)
         printed = [float(word) for word in out.read().split()]
-    return Ran(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, printed)
+    return Ran(seconds, usage.ru_utime + usage.ru_stime, printed)
 
 
 ONE = """
@@ -276,6 +274,8 @@ from pytest_diffopt import Recipe, forecast
 
 pipeline, model = sys.argv[1:]
 forecast(Recipe("timed", pipeline, dtype="bfloat16"), model)
+# not what wait4 says: that is never less than what the parent had when it forked
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 AGAIN = """
@@ -331,8 +331,8 @@ def cost() -> Iterator[Promise]:
         ("Wan 2.1 14B, bf16, 81 frames of 480×832", "tiny-wan", "wan2.1-t2v-14b", 60, 1536 * MIB),
     ):
         ran = [fresh(ONE, pipeline, model) for _ in range(3)]
-        seconds, cpu = (statistics.median(getattr(one, of) for one in ran) for of in ("seconds", "cpu_seconds"))
-        peak = max(one.peak_bytes for one in ran)
+        seconds, cpu = (min(getattr(one, of) for one in ran) for of in ("seconds", "cpu_seconds"))  # others only add
+        peak = max(one.printed[0] for one in ran)
         sentence = f"{seconds:.1f} s ({cpu:.1f} s of CPU), {peak / MIB:.0f} MiB"
         limit = f"{most_seconds} s, {most_bytes / MIB:.0f} MiB"
         print(f"| {name}, a whole process with its imports | {sentence} | {limit} |", flush=True)

@@ -207,7 +207,7 @@ def keywords_of(recipe: Recipe) -> set[str]:
     if recipe.offloading is not None:
         words |= {"offloading", recipe.offloading.strategy}
     if recipe.forecast is not None:
-        words |= {"forecast", recipe.forecast.model or "", recipe.forecast.gpu or ""}
+        words |= {recipe.forecast.model or "", recipe.forecast.gpu or ""}  # "forecast" is the check alone
     return words - {""}
 
 

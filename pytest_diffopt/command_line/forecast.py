@@ -90,7 +90,8 @@ class Options:
         """The columns of what a recipe may fit: the cards named, or common sizes; and the budget."""
         found = [Target(card.name, (card,), required=True) for card in self.cards] or common_sizes()
         if self.max_memory_bytes is not None:
-            title = f"within {human(self.max_memory_bytes)}"
+            whole, rest = divmod(self.max_memory_bytes, 2**30)
+            title = f"in {human(self.max_memory_bytes) if rest else f'{whole} GiB'}"
             found.append(Target(title, budget_bytes=self.max_memory_bytes, required=True))
         return found
 

@@ -36,7 +36,7 @@ def a_card(name: str, gib: float) -> Card:
 SIZES = [Target("12 GB", (a_card("a", 11.75),)), Target("24 GB", (a_card("b", 23.4),))]
 RTX_4090 = Target("rtx-4090", (CARDS["rtx-4090"],), required=True)
 BESIDE = "reserved, and CUDA's own beside; the card reports"
-BUDGET = Target("within 16.00 GiB", budget_bytes=16 * GIB, required=True)
+BUDGET = Target("in 16 GiB", budget_bytes=16 * GIB, required=True)
 ROWS = [
     row("nf4"),
     row("nf4-offload", load=12.1962, vae=(5.3, 6.24, 7.1)),
@@ -143,20 +143,20 @@ def test_forecasts_with_the_kernels_of_one_generation_are_one() -> None:
 
 def test_what_is_not_sure_to_fit_is_told_with_its_numbers() -> None:
     assert missed(ROWS, [*SIZES, RTX_4090, BUDGET]) == [
-        "nf4 · flux.1-dev is not sure to fit within 16.00 GiB: its peak is 13.90 GiB to 16.10 GiB, 16.00 GiB allowed.",
+        "nf4 · flux.1-dev is not sure to fit in 16 GiB: its peak is 13.90 GiB to 16.10 GiB, 16.00 GiB allowed.",
         f"bf16 · flux.1-dev does not fit rtx-4090: its peak is 33.10 GiB to 35.20 GiB, up to 35.32 GiB {BESIDE} 23.43 GiB.",
-        "bf16 · flux.1-dev does not fit within 16.00 GiB: its peak is 33.10 GiB to 35.20 GiB, 16.00 GiB allowed.",
+        "bf16 · flux.1-dev does not fit in 16 GiB: its peak is 33.10 GiB to 35.20 GiB, 16.00 GiB allowed.",
     ]
 
 
 @pytest.mark.parametrize(("limit", "held"), [(15 * GIB, True), (15 * GIB - 1, False)])
 def test_a_budget_is_held_to_the_byte(limit: int, held: bool) -> None:
     rows = [row(vae=(15, 15, 15))]
-    sentences = missed(rows, [Target("within 15.00 GiB", budget_bytes=limit, required=True)])
+    sentences = missed(rows, [Target("in 15 GiB", budget_bytes=limit, required=True)])
     assert bool(sentences) is not held
     if not held:
         assert sentences == [
-            "nf4 · flux.1-dev does not fit within 15.00 GiB: its peak is 15.00 GiB (1 bytes more), 15.00 GiB allowed."
+            "nf4 · flux.1-dev does not fit in 15 GiB: its peak is 15.00 GiB (1 bytes more), 15.00 GiB allowed."
         ]
 
 
