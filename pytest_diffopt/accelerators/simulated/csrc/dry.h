@@ -22,9 +22,6 @@ inline bool dry_size(size_t bytes) { return dry() && static_cast<int64_t>(bytes)
 
 bool hollow(const at::Tensor& tensor);
 
-// Whether this thread is in a composite kernel of torch's that only works out shapes: what it calls is not counted.
-bool shaping();
-
 // Raises: a hollow tensor is of no use to an operation that computes.
 [[noreturn]] void refuse_hollow(const char* operation);
 
