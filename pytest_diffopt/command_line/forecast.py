@@ -121,7 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a full-size model: a name that the command models lists, its hub id, or a directory of config files; again "
-        "for more: each recipe takes those of its own pipeline (default: the one that the recipe's hub id names)",
+        "for more: each recipe takes those of its own pipeline (default: the one of the recipe's part forecast, else the "
+        "one that its hub id names)",
     )
     add(
         "--gpu",
@@ -218,13 +219,15 @@ def forecast_rows(jobs: Sequence[Job], options: Options, say: Callable[[str], No
         failure = ""
         try:
             for card in options.cards or (None,):  # each card's own kernels
+                own = job.recipe.forecast  # what the command does not say, the recipe's own part may
                 forecasts[card.name if card is not None else ANY_CARD] = forecast(
                     job.recipe,
                     job.model,
-                    sizes=options.sizes,
-                    steps=options.steps,
+                    sizes=options.sizes or (own.sizes if own is not None else None),
+                    steps=options.steps or (own.num_inference_steps if own is not None else None),
                     gpu=card.name if card is not None else None,
-                    assume=options.assume or None,
+                    assume={**(own.assume if own is not None else {}), **options.assume} or None,
+                    kwargs=own.kwargs if own is not None else None,
                     progress=functools.partial(_say_about, say, about),
                 )
         except DiffoptError as error:

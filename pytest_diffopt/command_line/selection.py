@@ -50,7 +50,8 @@ def jobs_of(recipes: Iterable[Recipe], models: Sequence[str], registry: Registry
     """The jobs, recipe by recipe, and the recipes that are left out since no model has their pipeline.
 
     A recipe takes those models whose pipeline's class is its own, and where its own is not known, as a factory's is not
-    before it is run, all of them. Without models it takes the full size that its pipeline names.
+    before it is run, all of them. Without models it takes the one of its own part ``forecast``, else the full size that its
+    pipeline names.
 
     Raises:
         UsageError: a model is unknown or fits no recipe, or there is none and a recipe's pipeline names none.
@@ -106,11 +107,12 @@ def _own_models(recipes: Iterable[Recipe], registry: Registry) -> list[Job]:
     jobs: list[Job] = []
     without: dict[str, list[str]] = {}
     for recipe in recipes:
-        named = _named_pipeline(recipe)
+        own = recipe.forecast.model if recipe.forecast is not None else None
+        named = own or _named_pipeline(recipe)
         try:
             if named is None:
                 raise ReplicaError("it is made by a factory, which names no full-size model.")
-            jobs.append(Job(recipe, None, _resolved(named, registry).name))
+            jobs.append(Job(recipe, own, _resolved(named, registry).name))
         except ReplicaError as error:
             without.setdefault(_why_none(named, error, registry), []).append(recipe.name)
     if without:

@@ -93,15 +93,6 @@ def peaks_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Peaks:
     return Peaks(phases, at, floors)
 
 
-def with_kept(peaks: Peaks, size: int) -> Peaks:
-    """The same, where up to so many bytes more may be kept from the first call on."""
-    phases = [
-        replace(one, peak=replace(one.peak, high=one.peak.high + size)) if one.phase == "call" else one
-        for one in peaks.phases
-    ]
-    return replace(peaks, phases=tuple(phases))
-
-
 def load_of_any_order(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> Estimate:
     """The peak of loading: in the order in which the components were loaded as expected, in the best and in the worst.
 

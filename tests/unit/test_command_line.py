@@ -197,13 +197,40 @@ def test_what_is_asked_for_arrives(asked: Asked, path: Path) -> None:
             "steps": 28,
             "gpu": card,
             "assume": {"dynamic": True, "count": 4, "wo": "bfloat16"},
+            "kwargs": None,
         }
 
 
 def test_what_is_not_asked_for_is_left_to_the_recipe(asked: Asked, path: Path) -> None:
     main(["forecast", str(path), "--recipe", "bf16"])
     ((_, _, given),) = asked.calls
-    assert {**given, "progress": None} == dict.fromkeys(("sizes", "steps", "gpu", "assume", "progress"))
+    assert {**given, "progress": None} == dict.fromkeys(("sizes", "steps", "gpu", "assume", "kwargs", "progress"))
+
+
+BUDGET = """
+[recipe.budget]
+pipeline = "tiny-flux"
+[recipe.budget.forecast]
+model = "flux.1-schnell"
+max_memory = "40GiB"
+sizes = [512, 512]
+num_inference_steps = 4
+assume = { attention = "math", cublas_workspace = false }
+kwargs = { max_sequence_length = 256 }
+"""
+
+
+def test_what_a_recipes_own_part_says_holds_where_the_command_says_nothing(asked: Asked, path: Path) -> None:
+    path.write_text(BUDGET)
+    assert main(["forecast", str(path)]) == 0
+    assert main(["forecast", str(path), "--steps", "9", "--assume", "attention=fused", "--size", "64x64"]) == 0
+    (_, model, own), (_, _, told) = asked.calls
+    assert model == "flux.1-schnell"
+    assert (own["sizes"], own["steps"]) == (((512, 512),), 4)
+    assert own["assume"] == {"attention": "math", "cublas_workspace": False}
+    assert own["kwargs"] == {"max_sequence_length": 256}
+    assert (told["sizes"], told["steps"]) == (((64, 64),), 9)
+    assert told["assume"] == {"attention": "fused", "cublas_workspace": False}
 
 
 def test_it_prints_the_table_and_what_the_columns_stand_for(

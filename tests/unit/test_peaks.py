@@ -14,7 +14,6 @@ from pytest_diffopt.forecasting.peaks import (
     peaks_of,
     read_by_the_host,
     stars,
-    with_kept,
     with_load,
     with_unknown_sizes,
 )
@@ -114,13 +113,6 @@ def test_the_total_has_each_bound_from_wherever_it_is_highest() -> None:
     marks = [mark("loading", "a"), mark("call 0", "vae")]
     events = [Event(1, 100, "", 0), Event(1, -100, "", 0), Event(2, 50, "", 1), *workspace(3, 1, 40, 90, at=1)]
     assert peaks_of(events, marks).total == Estimate(100, 100, 140)
-
-
-def test_what_calls_may_keep_is_in_the_most_of_calls_alone() -> None:
-    peaks = peaks_of([Event(1, 10, "", 0), Event(2, 5, "", 1)], [mark("loading", "a"), mark("call 0", "a")])
-    kept = with_kept(peaks, 100)
-    assert [one.peak for one in kept.phases] == [exactly(10), Estimate(15, 15, 115)]
-    assert with_kept(peaks, 0) == peaks
 
 
 def test_what_is_alive_is_grouped_by_module_and_by_what_made_it() -> None:
