@@ -45,11 +45,7 @@ class Options:
         Raises:
             UsageError: two of them do not go together, or a file cannot be written.
         """
-        assume: dict[str, object] = {}
-        for key, value in given.assume:
-            if key in assume:
-                raise UsageError(f"argument --assume: {key!r} is given twice, as {assume[key]!r} and {value!r}")
-            assume[key] = value
+        assume = arguments.assumptions(given.assume)
         if given.toml is not None and given.json is not None and Path(given.json) == given.toml:
             raise UsageError(f"argument --toml: {str(given.toml)!r} is --json's file already")
         if given.json not in (None, STDOUT):
@@ -75,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         required=True,
-        help="a full-size model: a name that the command models lists, its hub id, or a directory of config files",
+        help=arguments.MODEL,
     )
     limit = parser.add_mutually_exclusive_group(required=True)
     limit.add_argument(
@@ -87,28 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.card,
         help="a card that the command cards lists: what is reserved, and what CUDA itself takes, must fit it",
     )
-    add(
-        "--size",
-        metavar="HEIGHTxWIDTH[xFRAMES]",
-        action="append",
-        default=[],
-        type=arguments.size,
-        help="what a call makes, in pixels; again for further calls (default: the model's own)",
-    )
+    arguments.add_sizes(parser)
     add(
         "--steps",
         metavar="N",
         type=arguments.positive,
         help="denoising steps a call, over which transfers are spread (default: the pipeline's own)",
     )
-    add(
-        "--assume",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=arguments.assumption,
-        help="take something for granted that a run without a GPU cannot know; again for more",
-    )
+    arguments.add_assumptions(parser)
     add(
         "--dtype",
         choices=DTYPES,

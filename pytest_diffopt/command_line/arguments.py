@@ -5,11 +5,67 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from pytest_diffopt.byte_sizes import SIZES_ALLOWED, parse_bytes
+from pytest_diffopt.command_line.command import UsageError
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.forecasting.cards import Card
 from pytest_diffopt.forecasting.cards import card as find_card
+
+MODEL = "a full-size model: a name that the command models lists, its hub id, or a directory of config files"
+"""What ``--model`` takes."""
+
+
+def add_recipes(parser: argparse.ArgumentParser) -> None:
+    """A file of recipes, and ``--recipe``."""
+    parser.add_argument("path", metavar="RECIPES.toml", type=Path, help="a file with tables [recipe.NAME]")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="one of its recipes; again for more (default: all)",
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """``--size``."""
+    parser.add_argument(
+        "--size",
+        metavar="HEIGHTxWIDTH[xFRAMES]",
+        action="append",
+        default=[],
+        type=size,
+        help="what a call makes, in pixels; again for further calls (default: the model's own)",
+    )
+
+
+def add_assumptions(parser: argparse.ArgumentParser) -> None:
+    """``--assume``, which :func:`assumptions` reads."""
+    parser.add_argument(
+        "--assume",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=assumption,
+        help="take something for granted that a run without a GPU cannot know; again for more",
+    )
+
+
+def assumptions(given: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """What was given to ``--assume``.
+
+    Raises:
+        UsageError: a key is given twice.
+    """
+    found: dict[str, object] = {}
+    for key, value in given:
+        if key in found:
+            raise UsageError(f"argument --assume: {key!r} is given twice, as {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
 
 
 def size(text: str) -> tuple[int, ...]:

@@ -25,20 +25,12 @@ DEVICES = ("cuda", "sim")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``calibrate``."""
-    parser.add_argument("path", metavar="RECIPES.toml", type=Path, help="a file with tables [recipe.NAME]")
+    arguments.add_recipes(parser)
     add = parser.add_argument
-    add(
-        "--recipe",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="one of its recipes; again for more (default: all)",
-    )
     add(
         "--model",
         metavar="MODEL",
-        help="a full-size model: a name that the command models lists, its hub id, or a directory of config files "
-        "(default: the one that the recipe's hub id names)",
+        help=f"{arguments.MODEL} (default: the one that the recipe's hub id names)",
     )
     add(
         "--weights",
@@ -46,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model's weights; a hub id is downloaded (default: none: a checkpoint of holes is loaded in their place, as "
         "what a run allocates does not depend on values)",
     )
-    add(
-        "--size",
-        metavar="HEIGHTxWIDTH[xFRAMES]",
-        action="append",
-        default=[],
-        type=arguments.size,
-        help="what a call makes, in pixels; again for further calls (default: the model's own)",
-    )
+    arguments.add_sizes(parser)
     add("--steps", metavar="N", type=arguments.positive, help="denoising steps a call (default: as in forecast)")
     add(
         "--gpu",
@@ -61,14 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.card,
         help="a card that the command cards lists, whose kernels are assumed (default: by the name of the GPU)",
     )
-    add(
-        "--assume",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=arguments.assumption,
-        help="take something for granted that a run without a GPU cannot know; again for more",
-    )
+    arguments.add_assumptions(parser)
     add(
         "--device",
         choices=DEVICES,
@@ -88,11 +66,7 @@ def run(given: argparse.Namespace) -> int:
     from pytest_diffopt.recipe_loading import load_recipes
     from pytest_diffopt.replicas.catalogue import registry
 
-    assume: dict[str, object] = {}
-    for key, value in given.assume:
-        if key in assume:
-            raise UsageError(f"argument --assume: {key!r} is given twice, as {assume[key]!r} and {value!r}")
-        assume[key] = value
+    assume = arguments.assumptions(given.assume)
     recipes = chosen(load_recipes(given.path), given.recipe, str(given.path))
     jobs, left_out = jobs_of(recipes, [given.model] if given.model is not None else [], registry)
     if given.row is not None:

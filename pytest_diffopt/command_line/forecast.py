@@ -64,11 +64,7 @@ class Options:
         Raises:
             UsageError: two of them do not go together.
         """
-        assume: dict[str, object] = {}
-        for key, value in given.assume:
-            if key in assume:
-                raise UsageError(f"argument --assume: {key!r} is given twice, as {assume[key]!r} and {value!r}")
-            assume[key] = value
+        assume = arguments.assumptions(given.assume)
         if given.svg is not None and given.json is not None and Path(given.json) == given.svg:
             raise UsageError(f"argument --svg: {str(given.svg)!r} is --json's file already")
         return cls(
@@ -106,21 +102,14 @@ def common_sizes() -> list[Target]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``forecast``."""
-    parser.add_argument("path", metavar="RECIPES.toml", type=Path, help="a file with tables [recipe.NAME]")
+    arguments.add_recipes(parser)
     add = parser.add_argument
-    add(
-        "--recipe",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="one of its recipes; again for more (default: all)",
-    )
     add(
         "--model",
         metavar="MODEL",
         action="append",
         default=[],
-        help="a full-size model: a name that the command models lists, its hub id, or a directory of config files; again "
+        help=f"{arguments.MODEL}; again "
         "for more: each recipe takes those of its own pipeline (default: the one of the recipe's part forecast, else the "
         "one that its hub id names)",
     )
@@ -133,28 +122,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a card that the command cards lists; again for more. A recipe that is not sure to fit it fails "
         f"(default: columns for cards of {', '.join(map(str, COMMON_GB))} GB, which fail nothing)",
     )
-    add(
-        "--size",
-        metavar="HEIGHTxWIDTH[xFRAMES]",
-        action="append",
-        default=[],
-        type=arguments.size,
-        help="what a call makes, in pixels; again for further calls (default: the model's own)",
-    )
+    arguments.add_sizes(parser)
     add(
         "--steps",
         metavar="N",
         type=arguments.positive,
         help="denoising steps a call (default: the recipe's, and 3 at the least)",
     )
-    add(
-        "--assume",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=arguments.assumption,
-        help="take something for granted that a run without a GPU cannot know; again for more",
-    )
+    arguments.add_assumptions(parser)
     add(
         "--max-memory",
         metavar="16GiB",
