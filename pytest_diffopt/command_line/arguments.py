@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,13 +57,19 @@ def assumptions(given: Iterable[tuple[str, object]]) -> dict[str, object]:
     """What was given to ``--assume``.
 
     Raises:
-        UsageError: a key is given twice.
+        UsageError: a key is given twice or unknown, or a value is none of what its key takes.
     """
+    from pytest_diffopt.forecasting.assumptions import assumed
+
     found: dict[str, object] = {}
     for key, value in given:
         if key in found:
             raise UsageError(f"argument --assume: {key!r} is given twice, as {found[key]!r} and {value!r}")
         found[key] = value
+    try:
+        assumed(found)
+    except DiffoptError as error:
+        raise UsageError(f"argument --assume: {error}") from None
     return found
 
 
@@ -102,12 +107,9 @@ def card(text: str) -> Card:
 
 
 def assumption(text: str) -> tuple[str, object]:
-    """``"key=value"``; true, false, null and numbers are what they are in JSON, everything else is text."""
+    """``"key=value"``; ``true`` and ``false`` are what they say, everything else is text, versions too."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip() or not value.strip():
         raise argparse.ArgumentTypeError(f"found {text!r}; write KEY=VALUE")
-    try:
-        held = json.loads(value)
-    except ValueError:
-        held = value.strip()
+    held = {"true": True, "false": False}.get(value.strip(), value.strip())
     return key.strip(), held

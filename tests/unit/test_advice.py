@@ -376,7 +376,7 @@ def test_json_is_alone_on_standard_output(ran: Callable[..., tuple[int, str, str
         ),
         (
             "--model flux.1-dev --gpu rtx-4090 --assume a=1 --assume a=2",
-            "argument --assume: 'a' is given twice, as 1 and 2",
+            "argument --assume: 'a' is given twice, as '1' and '2'",
         ),
     ],
 )

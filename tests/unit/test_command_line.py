@@ -118,7 +118,16 @@ name a full-size model with --model
         ("--size 1x2x3x4", f"argument --size: found '1x2x3x4'; write {SIZE}"),
         ("--steps 0", "argument --steps: found '0'; write a whole number from 1 on"),
         ("--assume dynamic", "argument --assume: found 'dynamic'; write KEY=VALUE"),
-        ("--assume a=1 --assume a=2", "argument --assume: 'a' is given twice, as 1 and 2"),
+        ("--assume a=1 --assume a=2", "argument --assume: 'a' is given twice, as '1' and '2'"),
+        (
+            "--recipe bf16 --assume attenion=math",
+            "argument --assume: A forecast cannot assume 'attenion'. Did you mean 'attention'? It can assume "
+            "transformers, t5_wo_float32, convolution_workspace, attention, cublas_workspace.",
+        ),
+        (
+            "--recipe bf16 --assume attention=none",
+            """argument --assume: A forecast cannot assume attention = 'none'. It takes "cuda", "math" or "fused".""",
+        ),
         (
             "--max-memory 16gigs",
             f"argument --max-memory: found '16gigs'; write bytes as an int, or a number with one of: {UNITS}",
@@ -188,7 +197,7 @@ def test_without_a_model_a_recipe_is_forecast_with_its_own(
 
 def test_what_is_asked_for_arrives(asked: Asked, path: Path) -> None:
     arguments = "--recipe bf16 --gpu RTX_4090 --gpu l40s --size 480x832x81 --size 1024x1024 --steps 28"
-    assumed = ["--assume", "dynamic=true", "--assume", "count=4", "--assume", "wo=bfloat16"]
+    assumed = ["--assume", "t5_wo_float32=true", "--assume", "transformers=4.55", "--assume", "attention=math"]
     assert main(["forecast", str(path), *arguments.split(), *assumed]) == 0
     for (_, _, given), card in zip(asked.calls, ("rtx-4090", "l40s"), strict=True):
         del given["progress"]
@@ -196,7 +205,7 @@ def test_what_is_asked_for_arrives(asked: Asked, path: Path) -> None:
             "sizes": ((480, 832, 81), (1024, 1024)),
             "steps": 28,
             "gpu": card,
-            "assume": {"dynamic": True, "count": 4, "wo": "bfloat16"},
+            "assume": {"t5_wo_float32": True, "transformers": "4.55", "attention": "math"},
             "kwargs": None,
         }
 
