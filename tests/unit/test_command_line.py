@@ -121,8 +121,10 @@ name a full-size model with --model
         ("--assume a=1 --assume a=2", "argument --assume: 'a' is given twice, as '1' and '2'"),
         (
             "--recipe bf16 --assume attenion=math",
-            "argument --assume: A forecast cannot assume 'attenion'. Did you mean 'attention'? It can assume "
-            "transformers, t5_wo_float32, convolution_workspace, attention, cublas_workspace.",
+            (
+                "argument --assume: A forecast cannot assume 'attenion'. Did you mean 'attention'? It can assume "
+                "transformers, t5_wo_float32, convolution_workspace, attention, cublas_workspace."
+            ),
         ),
         (
             "--recipe bf16 --assume attention=none",
