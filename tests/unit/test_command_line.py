@@ -419,7 +419,10 @@ def test_progress_and_colours_are_for_terminals(asked: Asked, path: Path, monkey
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
-def test_the_models_are_listed_with_where_their_configs_are_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_models_are_listed_with_where_their_configs_are_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (flux,) = [line for line in lines if line.startswith("flux.1-dev ")]
@@ -427,7 +430,10 @@ def test_the_models_are_listed_with_where_their_configs_are_from(capsys: pytest.
     assert {line.split()[0] for line in lines} >= set(registry.full_sizes)
 
 
-def test_the_cards_are_listed_with_their_memory_and_where_it_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cards_are_listed_with_their_memory_and_where_it_was_seen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["cards"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (card,) = [line.split() for line in lines if line.startswith("rtx-5090 ")]

@@ -208,7 +208,7 @@ def test_without_cuda_it_is_refused_before_anything_is_run(path: str, capsys: py
         ("--model flux.1-dve", "argument --model: No full-size model is called 'flux.1-dve'."),
         (
             "--model flux.1-dev --assume a=1 --assume a=2",
-            "argument --assume: 'a' is given twice, as 1 and 2",
+            "argument --assume: 'a' is given twice, as '1' and '2'",
         ),
     ],
 )
