@@ -37,7 +37,7 @@ FLAGS_VARIABLE = "DIFFOPT_SIM_CXXFLAGS"
 
 _LOCK_SECONDS = 600.0
 # The longest first: with two processors they make the build's time.
-_ORDER = ("kernels", "fallback", "autocast", "python")
+_ORDER = ("kernels", "python", "fallback", "recurrent", "shapes", "rules", "autocast")
 
 
 def ensure_library() -> Path:

@@ -26,6 +26,10 @@ at::Tensor tensor_over(
 
 }  // namespace
 
+bool hollow(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.has_storage() && hollow(*tensor.storage().unsafeGetStorageImpl());
+}
+
 Aliases::Aliases(bool dry) : dry_(dry) {
   if (dry && !sim::dry()) refuse_hollow(Running::operation());
 }

@@ -27,6 +27,7 @@
 #include "dry.h"
 #include "ledger.h"
 #include "memory.h"
+#include "rules.h"
 #include "shapes.h"
 
 namespace sim {

@@ -10,6 +10,7 @@
 #include "fallback.h"
 #include "ledger.h"
 #include "memory.h"
+#include "rules.h"
 
 namespace sim {
 
