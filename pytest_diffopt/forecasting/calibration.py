@@ -37,13 +37,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator
-from pytest_diffopt.errors import DiffoptError
+from pytest_diffopt.errors import DiffoptError, ForecastError
 from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.cards import card as find_card
 from pytest_diffopt.forecasting.generations import GENERATIONS
@@ -217,15 +219,17 @@ def calibrate(
     say = progress or (lambda words: None)
     if accelerator.peak_bytes() is None:
         raise DiffoptError(f"calibrate: the device {accelerator.kind} does not count its memory.")
-    told = forecast(
-        recipe,
-        model,
-        sizes=sizes,
-        steps=steps,
-        gpu=gpu if gpu is not None else card_of(accelerator),
-        assume={**(SIMULATED if accelerator.is_simulated else {}), **(assume or {})},
-        progress=lambda words: say(f"forecasting · {words}"),
-    )
+    asked: dict[str, Any] = {
+        "sizes": sizes,
+        "steps": steps,
+        "gpu": gpu if gpu is not None else card_of(accelerator),
+        "assume": {**(SIMULATED if accelerator.is_simulated else {}), **(assume or {})},
+    }
+    say("forecasting")
+    if accelerator.is_simulated:
+        told = forecast(recipe, model, **asked, progress=lambda words: say(f"forecasting · {words}"))
+    else:
+        told = forecast_apart(recipe, model, **asked)
     named = model if model is not None else recipe.pipeline
     assert isinstance(named, str)  # or the forecast had refused it
     with _checkpoint(weights, resolve_full_size(named), say) as loaded:
@@ -236,6 +240,36 @@ def calibrate(
         measured = measure(real, accelerator, allow_hub=weights is not None, progress=lambda w: say(f"measuring · {w}"))
     kind = REAL if weights is not None else HOLES
     return Calibration(recipe, told, measured, kind, device_of(accelerator), versions_of(accelerator))
+
+
+def forecast_apart(recipe: Recipe, model: str | None, **asked: Any) -> Forecast:
+    """The forecast, made in a process of its own: once torch has the simulated device, libraries take it for the accelerator.
+
+    Args:
+        asked: as :func:`.running.forecast` takes them.
+
+    Raises:
+        DiffoptError: as :func:`.running.forecast`.
+        RecipeError: the recipe holds what cannot be written as TOML.
+    """
+    from pytest_diffopt.forecasting.record import Forecast
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        made, failure = pool.submit(_forecast_here, recipe.to_toml(), recipe.name, model, asked).result()
+    if failure:
+        raise ForecastError(failure)
+    return Forecast.from_json(made)
+
+
+def _forecast_here(toml: str, name: str, model: str | None, asked: dict[str, Any]) -> tuple[str, str]:
+    """The forecast as JSON, or why there is none: plain text crosses processes."""
+    from pytest_diffopt.forecasting.running import forecast
+    from pytest_diffopt.recipe_loading import loads_recipes
+
+    try:
+        return forecast(loads_recipes(toml)[name], model, **asked).to_json(), ""
+    except DiffoptError as error:
+        return "", str(error)
 
 
 def measure(

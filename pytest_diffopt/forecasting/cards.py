@@ -21,8 +21,9 @@ _GIB = 1024**3
 _KEPT_BYTES = 600 * _MIB
 
 USABLE_NOTE = (
-    "Of it, a process that uses CUDA takes about 0.3 to 0.6 GiB for its context and libraries before the first tensor, and a "
-    "desktop up to 1 GiB. On Windows the driver reports nearly the whole card, and pages to the host's memory when it is full."
+    "Of it, a process that uses CUDA takes about 0.25 to 0.65 GiB for its context and libraries before the first tensor, "
+    "and a desktop up to 1 GiB. On Windows the driver reports nearly the whole card, and pages to the host's memory when it "
+    "is full."
 )
 """What holds for every card: its ``total_bytes`` are not all a pipeline's."""
 

@@ -279,6 +279,7 @@ class _Run:
             with (
                 self._settings(),
                 self.accelerator.known_to_libraries(),
+                _no_gpu(),
                 kept_tables.made_anew(),
                 self._frozen(),
                 self._dry() as dry,
@@ -622,6 +623,19 @@ class _Run:
                     f"what it does for other values is not known."
                 )
         return tuple(wide), tuple(unknown)
+
+
+@contextlib.contextmanager
+def _no_gpu() -> Iterator[None]:
+    """On a machine that has one too: libraries that ask for CUDA first would load onto it."""
+    import torch
+
+    available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = available
 
 
 def _records_graphs(compilation: Compilation) -> bool:

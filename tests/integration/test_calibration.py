@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from pytest_diffopt import Offloading, Quantization, Recipe
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.command_line.main import main
-from pytest_diffopt.forecasting.calibration import calibrate, measure
+from pytest_diffopt.errors import ForecastError
+from pytest_diffopt.forecasting.calibration import calibrate, forecast_apart, measure
+from pytest_diffopt.forecasting.running import forecast
 from pytest_diffopt.preparation.borrowed_state import differences, take_snapshot
 from pytest_diffopt.replicas import cache
 
@@ -120,3 +123,11 @@ def test_the_command_prints_the_comparison_and_appends_a_row_for_each_recipe(
     assert {one["phase"] for one in row["compared"]} == {"place", "call", "peak", "reserved"}
     assert row["versions"]["torch"] == torch.__version__
     assert replica not in rows.read_text()
+
+
+def test_a_forecast_in_a_process_of_its_own_is_the_same_and_says_why_there_is_none(replica: str) -> None:
+    asked = {"sizes": SIZE, "steps": 3, "gpu": "rtx-4090", "assume": {"attention": "fused"}}
+    apart, here = forecast_apart(PLAIN, replica, **asked), forecast(PLAIN, replica, **asked)
+    assert replace(apart, seconds=0.0) == replace(here, seconds=0.0)
+    with pytest.raises(ForecastError, match=r"No full-size model is called 'flux\.1-dve'"):
+        forecast_apart(PLAIN, "flux.1-dve")

@@ -202,6 +202,18 @@ def test_every_process_makes_the_same_forecast_and_makes_it_again(tiny: str, sim
     assert made[0] == made[1] == made[2]
 
 
+def test_a_machine_with_a_gpu_makes_the_same_forecast(
+    tiny: str, simulated: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(dtype="bfloat16", quantization=Quantization("bitsandbytes_4bit", components=["text_encoder_2"]))
+    without = without_seconds(forecast_tiny(tiny, asked))
+    # libraries that find one load onto it: transformers' quantizer asks for its number
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", raising(AssertionError))
+    assert without_seconds(forecast_tiny(tiny, asked)) == without
+    assert torch.cuda.is_available()
+
+
 # ------------------------------------------------------------------------------------------------- what is left
 
 
