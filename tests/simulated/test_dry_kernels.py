@@ -508,3 +508,16 @@ def test_the_hosts_random_numbers_are_those_of_a_computed_run_and_the_devices_ar
     sim.manual_seed(5)
     assert torch.equal(dry_device, sim.get_rng_state())
     assert not torch.equal(dry_device, device)
+
+
+def test_a_rule_that_nobody_would_ask_for_is_refused(sim: Any) -> None:
+    for name in ("aten::copy_", "aten::view", "aten::set_.source_Tensor", "aten::convolution"):
+        with pytest.raises(ValueError, match=f"{name} is run by the device itself, wet and dry: a kernel for it would"):
+            sim.register_dry_kernel(name, torch.empty_like)
+    for name in ("aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention"):
+        with pytest.raises(ValueError, match=f"{name} is made of other operations, and never runs itself: give those"):
+            sim.register_cost(name, lambda results, *rest: 0)
+    with pytest.raises(ValueError, match="aten::copy_ is run by the device itself"):
+        sim.dry(costs={"aten::copy_": lambda results, *rest: 0})
+    for kind, name in ((sim.register_cost, "aten::convolution"), (sim.register_dry_kernel, "aten::linear")):
+        kind(name, torch.empty_like).remove()

@@ -59,8 +59,8 @@ class dry:
             *(("kernel", name, function) for name, function in {**_own_kernels(), **(kernels or {})}.items()),
             *(("cost", name, function) for name, function in (costs or {}).items()),
         ]
-        for _, name, _function in self._wanted:
-            _schema(name)
+        for kind, name, _function in self._wanted:
+            _check_reach(kind, name)
         self._rules: list[Rule] = []
         self._before: tuple[bool, int] = (False, 0)
 
@@ -148,7 +148,7 @@ def register_dry_kernel(name: str, function: Function) -> Rule:
             where an argument is hollow.
 
     Raises:
-        ValueError: there is no such operator.
+        ValueError: there is no such operator, or the device runs it itself.
     """
     return _add("kernel", name, function)
 
@@ -165,7 +165,7 @@ def register_cost(name: str, function: Function) -> Rule:
             expected, most). Only shapes, strides and dtypes of what it gets mean anything.
 
     Raises:
-        ValueError: there is no such operator.
+        ValueError: there is no such operator, or it is made of others and never runs itself.
     """
     return _add("cost", name, function)
 
@@ -245,10 +245,50 @@ _standing = _Standing()
 
 def _add(kind: Kind, name: str, function: Function, *, last: bool = False) -> Rule:
     rule = Rule(kind, name, function)
-    _schema(name)
+    _check_reach(kind, name)
     with _lock:
         _standing.add(rule, last=last)
     return rule
+
+
+# Without their overloads: csrc/kernels.cpp and csrc/recurrent.cpp have them, and ask for no rule.
+_RUN_BY_THE_DEVICE = frozenset(
+    [
+        "empty",
+        "empty_strided",
+        "_efficientzerotensor",
+        "as_strided",
+        "view",
+        "_reshape_alias",
+        "resize_",
+        "set_",
+        "copy_",
+        "_copy_from",
+        "_copy_from_and_resize",
+        "_has_compatible_shallow_copy_type",
+        "record_stream",
+        "convolution",
+        "convolution_overrideable",
+        "convolution_backward",
+        "convolution_backward_overrideable",
+        "_fused_sdp_choice",
+        "_thnn_fused_lstm_cell",
+        "_thnn_fused_lstm_cell_backward_impl",
+        "_thnn_fused_gru_cell",
+        "_thnn_fused_gru_cell_backward",
+    ]
+)
+
+
+def _check_reach(kind: Kind, name: str) -> None:
+    """Raise ValueError for an operator that is unknown, or whose rule nobody would ever ask for."""
+    _schema(name)
+    library, _, operator = _parts(name)[0].partition("::")
+    costs_ask = kind == "cost" and operator == "convolution"
+    if library == "aten" and operator in _RUN_BY_THE_DEVICE and not costs_ask:
+        raise ValueError(f"{name} is run by the device itself, wet and dry: a {kind} for it would never be asked for.")
+    if kind == "cost" and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
+        raise ValueError(f"{name} is made of other operations, and never runs itself: give those a cost.")
 
 
 def _parts(name: str) -> tuple[str, str]:
