@@ -10,6 +10,7 @@ from pytest_diffopt.checks.evidence import ForecastEvidence
 from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.record import Estimate, Forecast, LiveTensors, Phase, PhaseForecast
+from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
 from pytest_diffopt.recipe import Recipe
 
 GIB = 2**30
@@ -67,3 +68,54 @@ def judged(forecast: Forecast | None, asked: Recipe | None = None, **given: Any)
     gpu = asked.forecast.gpu if asked.forecast is not None else None
     given = {"models": ("flux.1-dev", "black-forest-labs/FLUX.1-dev"), "card": card(gpu) if gpu else None, **given}
     return check.judge(ForecastEvidence(asked, forecast, **given))
+
+
+RESIDENCY = Residency(
+    owners=(Owner("transformer", "weights"), Owner("vae", "working")),
+    phases=(
+        PhaseResidency("loading", 0, 5, 5, 12 * GIB),
+        PhaseResidency("call 0", 5, 9, 8, 15 * GIB, "vae", "aten::add"),
+    ),
+    positions=(0, 5, 8, 9),
+    bytes=((0, 0), (12 * GIB, 0), (12 * GIB, 3 * GIB), (12 * GIB, 0)),
+)
+
+
+def of_the_guide(
+    recipe: str = "nf4", load: float = 12.1962, vae: tuple[float, float, float] = (13.9, 14.9453, 16.1), **fields: Any
+) -> Forecast:
+    """A forecast of FLUX.1-dev: two components load to ``load``, and the VAE's decoding peaks in the call."""
+    phases = (
+        PhaseForecast("load", "text_encoder_2", gib(load / 2)),
+        PhaseForecast("load", "transformer", gib(load)),
+        PhaseForecast("call", "transformer", gib(5), operation="aten::addmm"),
+        PhaseForecast("call", "vae", gib(*vae), operation="aten::convolution"),
+    )
+    highest = max(phases, key=lambda phase: phase.peak.expected)
+    known: dict[str, Any] = {
+        "recipe": recipe,
+        "model": "flux.1-dev",
+        "pipeline": "FluxPipeline",
+        "dtype": "bfloat16",
+        "sizes": ((1024, 1024),),
+        "steps": 2,
+        "peak": highest.peak,
+        "peak_phase": highest.phase,
+        "peak_component": highest.component,
+        "peak_operation": highest.operation,
+        "phases": phases,
+        "live_at_peak": (
+            LiveTensors("transformer", "transformer_blocks.*.attn.to_q", "weights", "", 7 * GIB, 19),
+            LiveTensors("vae", "decoder.up_blocks.*.conv", "workspace", "aten::convolution", 3 * GIB, 1),
+            LiveTensors("", "", "working", "aten::randn", GIB // 1024, 1),
+        ),
+        "reserved": Estimate(highest.peak.low, highest.peak.expected + GIB // 8, highest.peak.high + GIB // 8),
+        "floor_bytes": highest.peak.low,
+        "host_bytes": 3 * GIB,
+        "pinned_bytes": GIB,
+        "h2d_bytes": 2 * GIB,
+        "d2h_bytes": GIB // 2,
+        "generation": "ada",
+        "residency": RESIDENCY,
+    }
+    return Forecast(**{**known, **fields})

@@ -29,7 +29,8 @@ from pytest_diffopt.forecasting.record import Forecast, PhaseForecast
 from pytest_diffopt.recipe import Offloading, Quantization, Recipe
 from pytest_diffopt.recipe_loading import load_recipes, loads_recipes
 from pytest_diffopt.report.advice import verdict
-from tests.unit.made_forecasts import GIB, estimate, made
+from tests.made_forecasts import GIB, gib
+from tests.made_forecasts import of_the_guide as made
 
 MIB = 2**20
 WEIGHTS = {"transformer": 22 * GIB, "text_encoder_2": 9 * GIB, "text_encoder": GIB // 4, "vae": GIB // 6}
@@ -38,16 +39,16 @@ WEIGHTS = {"transformer": 22 * GIB, "text_encoder_2": 9 * GIB, "text_encoder": G
 def told(recipe: Recipe, vae: float, rest: float, moved: tuple[int, int] = (0, 0), **fields: Any) -> Forecast:
     """A forecast whose VAE peaks at ``vae`` GiB and all else at ``rest``, which moves (in all, at a further step) bytes."""
     phases = (
-        PhaseForecast("load", "transformer", estimate(rest - 1)),
-        PhaseForecast("call", "transformer", estimate(rest)),
-        PhaseForecast("call", "vae", estimate(vae)),
+        PhaseForecast("load", "transformer", gib(rest - 1)),
+        PhaseForecast("call", "transformer", gib(rest)),
+        PhaseForecast("call", "vae", gib(vae)),
     )
     high = max(phases, key=lambda one: one.peak.expected)
     known: dict[str, Any] = {
         "phases": phases,
         "peak": high.peak,
         "peak_component": high.component,
-        "reserved": estimate(max(vae, rest) + 0.25),
+        "reserved": gib(max(vae, rest) + 0.25),
         "floor_bytes": high.peak.low,
         "weights_bytes": WEIGHTS,
         "steps": 3,

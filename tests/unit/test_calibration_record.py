@@ -31,7 +31,8 @@ from pytest_diffopt.forecasting.calibration import (
 from pytest_diffopt.recipe import Offloading, Recipe
 from pytest_diffopt.recipe_loading import loads_recipes
 from pytest_diffopt.report.calibrations import calibration_lines, summary
-from tests.unit.made_forecasts import GIB, estimate, made
+from tests.made_forecasts import GIB, gib
+from tests.made_forecasts import of_the_guide as made
 
 DEVICE = {"kind": "cuda", "name": "NVIDIA GeForce RTX 4090", "capability": (8, 9), "total_bytes": 24 * GIB}
 
@@ -53,7 +54,7 @@ MEASURED = Measured(
 
 
 def calibrated(measured: Measured = MEASURED, recipe: Recipe | None = None, **fields: Any) -> Calibration:
-    told = made(reserved=estimate(15, 16, 17))
+    told = made(reserved=gib(15, 16, 17))
     recipe = recipe if recipe is not None else Recipe("nf4", "tiny-flux")
     return Calibration(recipe, told, measured, "holes", DEVICE, {"torch": "2.13"}, "Linux", **fields)
 

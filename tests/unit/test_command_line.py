@@ -23,7 +23,8 @@ from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.record import Forecast
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas.catalogue import registry
-from tests.unit.made_forecasts import GIB, made
+from tests.made_forecasts import GIB
+from tests.made_forecasts import of_the_guide as made
 
 RECIPES = """\
 [recipe.nf4]

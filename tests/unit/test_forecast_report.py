@@ -22,7 +22,8 @@ from pytest_diffopt.report.forecasts import (
     table_lines,
 )
 from pytest_diffopt.report.pictures import residency_svg
-from tests.unit.made_forecasts import GIB, RESIDENCY, made
+from tests.made_forecasts import GIB, RESIDENCY
+from tests.made_forecasts import of_the_guide as made
 
 
 def row(recipe: str = "nf4", model: str = "flux.1-dev", **fields: object) -> Row:
