@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.command_line import arguments, terminals
+from pytest_diffopt.command_line.arguments import STDOUT
 from pytest_diffopt.command_line.command import HELD, MISSED, Command, UsageError
-from pytest_diffopt.command_line.whole_files import check_writable, write_whole
+from pytest_diffopt.command_line.whole_files import check_writable, write_for
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.report.advice import advice_lines
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.advice import Advice
 
-STDOUT = "-"
 DTYPES = ("bfloat16", "float16", "float32")
 
 TOML_HEAD = """\
@@ -122,9 +122,9 @@ def run(given: argparse.Namespace) -> int:
     if options.json == STDOUT:
         sys.stdout.write(advice.to_json())
     elif options.json is not None:
-        _write("--json", Path(options.json), advice.to_json())
+        write_for("--json", Path(options.json), advice.to_json())
     if options.toml is not None and advice.best is not None:
-        _write("--toml", options.toml, TOML_HEAD + advice.to_toml())
+        write_for("--toml", options.toml, TOML_HEAD + advice.to_toml())
     elif options.toml is not None:
         print(f"{options.toml} was not written: no rung is sure to fit", file=sys.stderr)
     return HELD if advice.best is not None else MISSED
@@ -137,13 +137,6 @@ def _advised(options: Options, say: Callable[[str], None]) -> Advice:
         return advise(options.model, **options.wanted, progress=say)
     except ReplicaError as error:
         raise UsageError(f"argument --model: {error}") from None
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {error.strerror}.") from None
 
 
 COMMAND = Command(

@@ -16,6 +16,9 @@ from pytest_diffopt.forecasting.cards import card as find_card
 MODEL = "a full-size model: a name that the command models lists, its hub id, or a directory of config files"
 """What ``--model`` takes."""
 
+STDOUT = "-"
+"""Written for the path of a file, it is standard output."""
+
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
     """A file of recipes, and ``--recipe``."""

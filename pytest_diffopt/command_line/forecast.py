@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.command_line import arguments, terminals
+from pytest_diffopt.command_line.arguments import STDOUT
 from pytest_diffopt.command_line.command import HELD, MISSED, Command, UsageError
 from pytest_diffopt.command_line.selection import Job, chosen, jobs_of, left_out_line
-from pytest_diffopt.command_line.whole_files import check_writable, write_whole
+from pytest_diffopt.command_line.whole_files import check_writable, write_for
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.report.forecasts import (
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 COMMON_GB = (12, 16, 24, 80)
 """Sizes of cards that have a column where no card is named."""
-
-STDOUT = "-"
 
 
 @dataclass(frozen=True)
@@ -245,11 +244,11 @@ def write(rows: Sequence[Row], options: Options, pictures: Sequence[Path]) -> li
     if options.json == STDOUT:
         sys.stdout.write(document(rows, options.targets))
     elif options.json is not None:
-        _write("--json", Path(options.json), document(rows, options.targets))
+        write_for("--json", Path(options.json), document(rows, options.targets))
     for row, path in zip(rows, pictures, strict=bool(pictures)):
         drawn = picture(row, options.targets)
         if drawn is not None:
-            _write("--svg", path, drawn)
+            write_for("--svg", path, drawn)
         elif not row.failure:
             said.append(f"{row.title}: nothing was written down over time, so there is no picture")
     return said
@@ -275,13 +274,6 @@ def _as_file_names(names: Iterable[str]) -> Iterator[str]:
             written = f"{plain}-{number}"
         taken.add(written.casefold())
         yield written
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {error.strerror}.") from None
 
 
 COMMAND = Command(

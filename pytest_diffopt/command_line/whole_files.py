@@ -26,6 +26,14 @@ def check_writable(option: str, path: Path) -> None:
         raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {why}.") from None
 
 
+def write_for(option: str, path: Path, text: str) -> None:
+    """:func:`write_whole` for an option; raises UsageError where what could be written before no longer can."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {error.strerror}.") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 text to a file beside ``path``, then put it in its place; what was there stays until then.
 

@@ -222,7 +222,6 @@ def attention(
 COSTS: Mapping[str, Callable[..., Estimate]] = MappingProxyType(
     {
         "aten::convolution": convolution,
-        "aten::convolution_overrideable": convolution,
         "aten::_scaled_dot_product_flash_attention_for_cpu": attention,
     }
 )

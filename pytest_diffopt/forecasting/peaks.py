@@ -128,15 +128,18 @@ def with_load(peaks: Peaks, load: Estimate) -> Peaks:
     loads = [one for one in peaks.phases if one.phase == "load"]
     highest = max(loads, key=lambda one: one.peak.expected, default=None)
     phases = tuple(
-        replace(one, peak=replace(one.peak, low=load.low, high=max(load.high, one.peak.high)))
-        if one is highest
+        # the best order may spare every component, and the worst is the highest one's
+        replace(
+            one,
+            peak=replace(
+                one.peak,
+                low=min(one.peak.low, load.low),
+                high=max(one.peak.high, load.high) if one is highest else one.peak.high,
+            ),
+        )
+        if one.phase == "load"
         else one
         for one in peaks.phases
-    )
-    # that of another component may not be had in the best order either
-    phases = tuple(
-        replace(one, peak=replace(one.peak, low=min(one.peak.low, load.low))) if one.phase == "load" else one
-        for one in phases
     )
     return replace(peaks, phases=phases, floors={**peaks.floors, **({"load": load.low} if loads else {})})
 

@@ -25,7 +25,7 @@ from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
 from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
-from pytest_diffopt.forecasting.generations import GENERATIONS, Generation, generation
+from pytest_diffopt.forecasting.generations import Generation, generation
 from pytest_diffopt.forecasting.peaks import (
     CALL,
     PLACE,
@@ -305,7 +305,7 @@ class _Run:
                     f"{self.recipe.name}: what happens on the simulated device is recorded for somebody else; "
                     f"forecast before or after it."
                 )
-            quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
+            quantized = self._quantizes_t5(recipe)
             with (
                 self.assumptions.in_force(text_encoder_is_quantized=quantized),
                 loading.in_order(self._loads, self.ledger.left),
@@ -439,7 +439,8 @@ class _Run:
         self.parameters[name] = parameter_count(module)
 
     def _quantizes_t5(self, recipe: Recipe) -> bool:
-        assert recipe.quantization is not None
+        if recipe.quantization is None:
+            return False
         meant = recipe.quantization.components
         return any(meant is None or name in meant for name in self._t5_encoders())
 
@@ -492,7 +493,7 @@ class _Run:
             convolution_workspace=self.assumptions.convolution_workspace,
             attention=self.assumptions.attention,
         )
-        three = {name: _numbers(cost) for name, cost in costs.items() if not name.endswith("_overrideable")}
+        three = {name: _numbers(cost) for name, cost in costs.items()}
         with self.sim.dry(kernels=KERNELS, costs=three) as dry:
             yield dry
 
@@ -548,7 +549,7 @@ class _Run:
             wide=wide,
             unknown=unknown,
             generation=self.on.name,
-            libraries={name: metadata.version(name) for name in LIBRARIES if name != "pytest-diffopt"},
+            libraries=_versions(),
             seconds=seconds,
             residency=self.ledger.record,
         )
@@ -559,14 +560,14 @@ class _Run:
         return sum(run[way] * (run[0] // steps) for run in self.last_runs.values())
 
     def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
-        libraries = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES if name != "pytest-diffopt")
+        libraries = ", ".join(f"{name} {version}" for name, version in _versions().items())
         said = [
             f"Libraries as installed: {libraries}.",
             f"Kernels of {self.on.name.capitalize()} GPUs"
             + (f", as {gpu} is one." if gpu is not None else "; no GPU was named."),
             "Components load one after the other, each with one thread, in the order of the pipeline's arguments.",
         ]
-        quantized = recipe.quantization is not None and self._quantizes_t5(recipe)
+        quantized = self._quantizes_t5(recipe)
         said += self.assumptions.sentences(
             text_encoder_is_quantized=quantized, has_t5=bool(self._t5_encoders()) and recipe.dtype == "bfloat16"
         )
@@ -657,12 +658,14 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    """Of the libraries whose code a forecast runs."""
+    return {name: metadata.version(name) for name in LIBRARIES if name != "pytest-diffopt"}
+
+
 def _numbers(cost: Callable[..., Estimate]) -> Callable[..., list[int]]:
     def three(*args: Any, **kwargs: Any) -> list[int]:
         found = cost(*args, **kwargs)
         return [found.low, found.expected, found.high]
 
     return three
-
-
-__all__ = ["DEFAULT_GENERATION", "GENERATIONS", "forecast"]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pytest_diffopt.command_line import forecast as command
+from pytest_diffopt.command_line import whole_files
 from pytest_diffopt.command_line.main import main
 from pytest_diffopt.command_line.selection import Job
 from pytest_diffopt.command_line.whole_files import write_whole
@@ -382,7 +383,7 @@ def test_a_file_that_can_no_longer_be_written_is_told_after_the_table(
     def full(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "write_whole", full)
+    monkeypatch.setattr(whole_files, "write_whole", full)
     assert main(["forecast", str(path), "--recipe", "bf16", "--json", "out.json"]) == 2
     said = capsys.readouterr()
     assert "Peak memory in GiB" in said.out

@@ -56,7 +56,7 @@ class dry:
             raise ValueError(f"real_bytes: found {real_bytes}; it takes a number of bytes, at least 0")
         self._real_bytes = real_bytes
         self._wanted: list[tuple[Kind, str, Function]] = [
-            *(("kernel", name, function) for name, function in {**_own_kernels(), **(kernels or {})}.items()),
+            *(("kernel", name, function) for name, function in {**_OWN, **(kernels or {})}.items()),
             *(("cost", name, function) for name, function in (costs or {}).items()),
         ]
         for kind, name, _function in self._wanted:
@@ -68,7 +68,7 @@ class dry:
         try:
             for kind, name, function in self._wanted:
                 # what stands until it is removed goes before the device's own
-                own = kind == "kernel" and function is _own_kernels().get(name)
+                own = kind == "kernel" and function is _OWN.get(name)
                 self._rules.append(_add(kind, name, function, last=own))
         except BaseException:
             self._remove_rules()
@@ -312,10 +312,6 @@ def _schema(name: str) -> Any:
 
 
 # -------------------------------------------------------------------------------------------- the device's own rules
-
-
-def _own_kernels() -> dict[str, Function]:
-    return _OWN
 
 
 def _every_element(name: str) -> None:
