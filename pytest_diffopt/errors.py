@@ -72,3 +72,7 @@ class UnverifiableError(DiffoptError):
 
 class MarkerError(DiffoptError, TypeError):
     """A marker was used with arguments that it does not take."""
+
+
+class PageError(DiffoptError):
+    """A documentation page cannot be read."""

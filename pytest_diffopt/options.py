@@ -21,12 +21,20 @@ class Settings:
         compile_backend: overrides the compile backend of every recipe; None leaves it to the recipe.
         hub: whether pipelines may be downloaded from the hub.
         strict: whether unverified verdicts and skipped recipes fail the run.
+        docs: whether documentation pages are collected.
+        docs_timeout: seconds after which a block of a page is stopped.
+        docs_extract: where the recipes of pages are written; None for nowhere.
+        docs_report: where the report of pages is written, as Markdown; None for nowhere.
     """
 
     device: str = "auto"
     compile_backend: str | None = None
     hub: bool = False
     strict: bool = False
+    docs: bool = False
+    docs_timeout: float = 300.0
+    docs_extract: str | None = None
+    docs_report: str | None = None
 
     @property
     def header(self) -> str:
@@ -35,6 +43,7 @@ class Settings:
         parts = [f"device {self.device}", f"compile backend {backend}"]
         parts += ["hub allowed"] if self.hub else []
         parts += ["strict"] if self.strict else []
+        parts += ["documentation pages"] if self.docs else []
         return f"diffopt: {', '.join(parts)}"
 
 
@@ -82,6 +91,25 @@ def _backend(text: str) -> str | None:
     return text or None
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
+
+
+def _file(text: str) -> str | None:
+    if not text:
+        return None
+    from pathlib import Path
+
+    from pytest_diffopt.whole_files import why_not_writable
+
+    if why := why_not_writable(Path(text)):
+        raise ValueError(why)
+    return text
+
+
 # accelerators.KINDS, written again (a test compares them): importing it would slow every start of pytest
 _DEVICES = ("auto", "cuda", "xpu", "mps", "sim", "cpu")
 
@@ -104,6 +132,36 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("hub", "allow downloads from the hub; by default a pipeline must be local or a replica", default=False),
     Option("strict", "unverified verdicts and skipped recipes fail the run", default=False),
+    Option(
+        "docs",
+        "run the Python blocks of the documentation pages (*.md, *.mdx) that are named, or are in folders that are; "
+        "a page's code runs with your rights",
+        default=False,
+    ),
+    Option(
+        "docs_timeout",
+        "seconds after which a block of a page is stopped",
+        default="300",
+        takes="a number of seconds greater than 0",
+        parse=_seconds,
+        metavar="SECONDS",
+    ),
+    Option(
+        "docs_extract",
+        "write the recipes that are read off the blocks of pages into this recipe file",
+        default="",
+        takes="a file that can be written, e.g. page.recipes.toml",
+        parse=_file,
+        metavar="FILE",
+    ),
+    Option(
+        "docs_report",
+        "write what pages say and what happens into this Markdown file",
+        default="",
+        takes="a file that can be written, e.g. pages-report.md",
+        parse=_file,
+        metavar="FILE",
+    ),
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt import hookspec
-from pytest_diffopt.collection import marked_tests
+from pytest_diffopt.collection import marked_tests, pages
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
@@ -17,6 +17,7 @@ from pytest_diffopt.report.progress import ProgressLine
 from pytest_diffopt.report.terminal import RecipeReport, status_of
 
 if TYPE_CHECKING:
+    from pytest_diffopt.collection.documentation_pages import PageFile
     from pytest_diffopt.collection.recipe_files import RecipeFile
 
 __all__ = ["accelerator", "compile_watch", "memory_watch", "observation", "quantized_pipeline", "recipe"]
@@ -35,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SETTINGS] = read_settings(config)
     config.stash[PROGRESS] = ProgressLine()
     config.pluginmanager.register(RecipeReport(config.stash[SETTINGS]), "diffopt-report")
+    if config.stash[SETTINGS].docs:
+        pages.configure(config)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -49,7 +52,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return config.stash[SETTINGS].header
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> RecipeFile | None:
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> RecipeFile | PageFile | None:
+    if file_path.suffix in pages.SUFFIXES and parent.config.stash[SETTINGS].docs:
+        return pages.page_file(file_path, parent)
     if not file_path.name.endswith(".recipes.toml"):
         return None
     from pytest_diffopt.collection.recipe_files import RecipeFile

@@ -779,6 +779,11 @@ class Recipe(Part):
             raise Mistakes(mistakes)
         return offloading
 
+    @property
+    def quantizations(self) -> tuple[Quantization, ...]:
+        """Every quantization of it."""
+        return () if self.quantization is None else (self.quantization,)
+
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults and

@@ -18,6 +18,7 @@ from pytest_diffopt.part import content_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
+    from pytest_diffopt.contract import Limits
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
@@ -33,6 +34,16 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
     state.NAME: state.judge,
     forecast.NAME: forecast.judge,
 }
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """What a recipe promises: what its contract says, and what its parts imply."""
+    return derive(
+        recipe.contract,
+        compilations=recipe.compilation,
+        offloading=recipe.offloading,
+        quantization=recipe.quantization,
+    )
 
 
 class Session:
@@ -156,13 +167,7 @@ class Session:
         resident = None
         if recipe.offloading is not None and observation.memory is not None:
             resident = self.observe(recipe.without("offloading"))
-        limits = derive(
-            recipe.contract,
-            compilations=recipe.compilation,
-            offloading=recipe.offloading,
-            quantization=recipe.quantization,
-        )
-        return Evidence(recipe, observation, limits, reference, resident)
+        return Evidence(recipe, observation, limits_of(recipe), reference, resident)
 
     def judge(self, recipe: Recipe, check: str) -> Verdict:
         """The verdict of one check."""

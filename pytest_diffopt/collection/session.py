@@ -13,6 +13,7 @@ from pytest_diffopt.report.progress import ProgressLine
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
     from pytest_diffopt.checks.session import Session
+    from pytest_diffopt.documentation.running import PageRuns
     from pytest_diffopt.replicas import Registry
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -21,6 +22,7 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 ACCELERATOR: pytest.StashKey[Accelerator] = pytest.StashKey()
 NO_ACCELERATOR = pytest.StashKey[str]()
 """Why there is none."""
+PAGES: pytest.StashKey[PageRuns] = pytest.StashKey()
 REGISTRY: pytest.StashKey[Registry] = pytest.StashKey()
 
 
@@ -83,5 +85,9 @@ def release(config: pytest.Config) -> None:
         session = config.stash[SESSION]
         del config.stash[SESSION]
         session.release()
+    if PAGES in config.stash:
+        pages = config.stash[PAGES]
+        del config.stash[PAGES]
+        pages.close()
     if PROGRESS in config.stash:
         config.stash[PROGRESS].close()

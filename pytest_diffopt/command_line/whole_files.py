@@ -1,29 +1,17 @@
-"""Files that are written whole or not at all, and known to be writable before minutes of work."""
+"""What commands write, checked before minutes of work."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 from pytest_diffopt.command_line.command import UsageError
+from pytest_diffopt.whole_files import why_not_writable, write_whole
 
 
 def check_writable(option: str, path: Path) -> None:
     """Raises UsageError where :func:`write_whole` could not write ``path``; leaves nothing behind."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a directory")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(0, "it may not be written to")
-        if not _is_special(path):
-            aside = _aside(path)
-            with open(aside, "xb"):
-                pass
-            aside.unlink()
-    except OSError as error:
-        why = "its folder is missing" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {why}.") from None
+    if why := why_not_writable(path):
+        raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {why}.")
 
 
 def write_for(option: str, path: Path, text: str) -> None:
@@ -32,34 +20,3 @@ def write_for(option: str, path: Path, text: str) -> None:
         write_whole(path, text)
     except OSError as error:
         raise UsageError(f"argument {option}: {str(path)!r} cannot be written: {error.strerror}.") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text to a file beside ``path``, then put it in its place; what was there stays until then.
-
-    Raises:
-        OSError: it could not be written; ``path`` is as it was.
-    """
-    if _is_special(path):  # a pipe or a device takes what comes, and is not replaced
-        path.write_text(text, encoding="utf-8")
-        return
-    aside = _aside(path)
-    try:
-        with open(aside, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path.resolve())  # the file that a link leads to, and not the link
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
-
-
-def _aside(path: Path) -> Path:
-    there = path.resolve()
-    return there.with_name(f".{there.name}.{os.getpid()}")

@@ -97,7 +97,7 @@ def observe(
     accelerator = accelerator or select()
     with quietly():
         import_libraries()
-    run = _Run(recipe, accelerator, allow_hub, compile_backend, progress)
+    run = Run(recipe, accelerator, allow_hub, compile_backend, progress)
     run.force_eager = force_eager
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
@@ -149,8 +149,15 @@ def import_libraries() -> None:
             importlib.import_module(name)
 
 
-class _Run:
-    """One run of a recipe, and what it wrote down."""
+class Run:
+    """One run of a recipe, and what it wrote down.
+
+    Attributes:
+        keeps_result: whether what a call returned stands in ``result`` until the next one, for somebody who waits for it.
+    """
+
+    keeps_result = False
+    result: Any = None
 
     def __init__(
         self,
@@ -198,11 +205,11 @@ class _Run:
                     except BaseException as error:
                         if _is_for_others(error):
                             raise
-                        self._note_failure(error)
+                        self.note_failure(error)
                         broke = private_torch.is_graph_break(error)
                 self._compare_state(before, state.take_snapshot(), with_random=False)
         except Exception as error:
-            self._note_failure(error)
+            self.note_failure(error)
         self.outputs = self.recorder.outputs()
         if broke and any(entry.fullgraph for entry in self.recipe.compilation):
             self._diagnose_breaks()
@@ -219,17 +226,37 @@ class _Run:
             self.memory.close()
 
     def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
-        self.memory.loaded(prepared.components)
-        self._describe(prepared)
+        self.is_loaded(prepared)
         self._compare_state(before, state.take_snapshot(), with_random=False)
-        counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if not self.recipe.compilation:
-            counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
         if prepared.is_model:  # inputs that a callable draws are drawn once, before anything is counted
             for call in range(self.recipe.call.count):
                 self.recipe.call.model_inputs(call)
-        self._note_what_disables()
         random_before = state.read_random()
+        with self.watching_calls(prepared):
+            for call in range(self.recipe.call.count):
+                self.call(prepared, call, "call")
+            self.random_after = state.read_random()
+            try:
+                state.write_random(random_before)  # so that only the inputs differ from those of the first call
+                self._sensitivity_call(prepared)
+            except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
+                self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
+        self.after_calls(prepared)
+        for name in state.random_changed(random_before, self.random_after):
+            self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))
+
+    def is_loaded(self, prepared: Prepared) -> None:
+        """Write down what a pipeline is made of, before its first call."""
+        self.memory.loaded(prepared.components)
+        self._describe(prepared)
+        self._note_what_disables()
+
+    @contextlib.contextmanager
+    def watching_calls(self, prepared: Prepared) -> Iterator[None]:
+        """Inside this every call is watched: what each component returns, and which region of which module runs."""
+        counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self.recipe.compilation:
+            counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
         with (
             self.watch.naming(prepared.module_names()),
             recording(prepared, self.recorder, self.memory.ledger),
@@ -237,21 +264,15 @@ class _Run:
             self._stance(),
             counting,
         ):
-            for call in range(self.recipe.call.count):
-                self._call(prepared, call, "call")
-            self.random_after = state.read_random()
-            try:
-                state.write_random(random_before)  # so that only the inputs differ from those of the first call
-                self._sensitivity_call(prepared)
-            except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
-                self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
+            yield
+
+    def after_calls(self, prepared: Prepared) -> None:
+        """What only further calls can tell, of memory, and what the calls did to the layers."""
         try:
             self._call_again_where_memory_grew(prepared)
         except Exception as error:  # the recipe's own calls are made: these are ours
             self.notes.append(f"the last call could not be repeated: {type(error).__name__}: {error}")
         self._compare_layers(prepared)
-        for name in state.random_changed(random_before, self.random_after):
-            self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))
 
     def _stance(self) -> contextlib.AbstractContextManager[Any]:
         import torch
@@ -260,7 +281,12 @@ class _Run:
             return contextlib.nullcontext()
         return cast("contextlib.AbstractContextManager[Any]", torch.compiler.set_stance("force_eager"))
 
-    def _call(self, prepared: Prepared, call: int, kind: Any, **changed: Any) -> None:
+    def call(self, prepared: Prepared, call: int, kind: Any, **changed: Any) -> None:
+        """Make one call under every watch.
+
+        Args:
+            kind: ``"call"``, or ``"sensitivity"`` with ``changed`` arguments of the first.
+        """
         self.phase = f"call {call}" if kind == "call" else "the sensitivity run"
         self.watch.call = self.recorder.call = call
         arguments = prepared.arguments(0 if kind == "sensitivity" else call, **changed)
@@ -274,6 +300,7 @@ class _Run:
         self.accelerator.synchronize()
         seconds = time.perf_counter() - started
         self.recorder.record("", result, hold=True)
+        self.result = result if self.keeps_result else None
         del result
         self.memory.call_ends(
             call, prepared.components, self.recorder.held_bytes(self.accelerator.kind, also=arguments)
@@ -306,9 +333,9 @@ class _Run:
         if not prepared.is_model and len(prompts) > 1:
             return
         if prepared.is_model:
-            self._call(prepared, asked.count, "sensitivity")
+            self.call(prepared, asked.count, "sensitivity")
         else:
-            self._call(
+            self.call(
                 prepared,
                 asked.count,
                 "sensitivity",
@@ -398,7 +425,7 @@ class _Run:
                 if earlier is None or earlier.format != layer.format:
                     self.layers_after.append(layer)
 
-    def _note_failure(self, error: BaseException) -> None:
+    def note_failure(self, error: BaseException) -> None:
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         self.failure = Failure(
             phase=self.phase,
@@ -432,8 +459,7 @@ class _Run:
         state.reset_compiler_caches()
         try:
             with dynamo_settings(self.recipe.dynamo):
-                prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub)
-                prepared.detach()  # a factory may return the same object again, which must not stay wide
+                prepared = self._prepared_to_be_widened()
                 wide = widen(prepared)
                 with recording(prepared, recorder), self._same_noise(prepared, replay=True), self._stance():
                     for record in self.calls:
@@ -462,6 +488,11 @@ class _Run:
         self.precise_dtype = dtype_name(wide)
         del prepared
         torch.compiler.reset()
+
+    def _prepared_to_be_widened(self) -> Prepared:
+        prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub)
+        prepared.detach()  # a factory may return the same object again, which must not stay wide
+        return prepared
 
     @contextlib.contextmanager
     def _same_noise(self, prepared: Prepared, *, replay: bool) -> Iterator[None]:

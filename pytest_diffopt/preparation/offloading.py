@@ -153,3 +153,46 @@ def _offload_groups(
         else:
             apply_group_offloading(module, **kwargs)
     return offloaded
+
+
+def offloading_of(module: torch.nn.Module) -> Offloading | None:
+    """How a live component is offloaded, read off the hooks on it and on its parts; None where it is not.
+
+    Its ``components`` are left open.
+    """
+    from pytest_diffopt.recipe import Offloading
+
+    for inner in module.modules():
+        registry = getattr(inner, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            config = getattr(hook, "config", None)
+            if type(config).__name__ == "GroupOffloadingConfig":
+                return _group_offloading_of(config)
+    found = [(path, hook) for path, inner in module.named_modules() for hook in _accelerate_hooks(inner)]
+    if any(type(hook).__name__ == "CpuOffload" for path, hook in found if not path):
+        return Offloading("model")
+    if any(getattr(hook, "offload", False) for _, hook in found):
+        return Offloading("sequential")
+    return None
+
+
+def _group_offloading_of(config: Any) -> Offloading:
+    from pytest_diffopt.recipe import Offloading
+
+    kind = getattr(config.offload_type, "value", config.offload_type)
+    streamed = config.stream is not None
+    return Offloading(
+        "group",
+        offload_type=kind,
+        num_blocks_per_group=config.num_blocks_per_group if kind == "block_level" else None,
+        use_stream=streamed,
+        record_stream=streamed and bool(config.record_stream),
+        non_blocking=bool(config.non_blocking),
+        low_cpu_mem_usage=streamed and bool(config.low_cpu_mem_usage),
+        offload_to_disk_path=config.offload_to_disk_path,
+    )
+
+
+def _accelerate_hooks(module: torch.nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []

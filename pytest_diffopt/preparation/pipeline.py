@@ -70,7 +70,7 @@ class Prepared:
         seed = asked.seed if seed is None else seed
         if self.is_model:
             inputs = copy.deepcopy(dict(asked.model_inputs(call)))
-            return {name: self._placed(_thawed(value)) for name, value in inputs.items()}
+            return {name: self._placed(thawed(value)) for name, value in inputs.items()}
         signature = inspect.signature(type(self.pipeline).__call__).parameters
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
         size = asked.size(call) or self.default_size or ()
@@ -83,7 +83,7 @@ class Prepared:
             **self.default_kwargs,
         }
         given = {name: value for name, value in wanted.items() if name in signature or open_ended}
-        extra = _thawed(copy.deepcopy(dict(asked.kwargs)))
+        extra = thawed(copy.deepcopy(dict(asked.kwargs)))
         if unknown := [name for name in extra if name not in signature and not open_ended]:
             raise PreparationError(
                 f"call.kwargs: found {unknown[0]!r}; {type(self.pipeline).__name__} takes: "
@@ -141,14 +141,14 @@ class Prepared:
         return place(value)
 
 
-def _thawed(value: Any) -> Any:
+def thawed(value: Any) -> Any:
     """Plain dicts and lists out of a recipe's frozen ones: a model may change what it is given."""
     if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
+        return {key: thawed(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_thawed(item) for item in value]
+        return [thawed(item) for item in value]
     if isinstance(value, tuple):
-        return _like(value, [_thawed(item) for item in value])
+        return _like(value, [thawed(item) for item in value])
     if type(value).__name__ == "Generator" and hasattr(value, "clone_state"):
         return value.clone_state()  # every run draws the same, and none advances the recipe's own
     return value

@@ -179,3 +179,14 @@ def kept_float32(component: torch.nn.Module) -> tuple[str, ...]:
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         names += [str(name) for name in getattr(component, attribute, None) or ()]
     return tuple(dict.fromkeys(names))
+
+
+def quantization_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The backend and keyword arguments, in a recipe's words, by which a live component was quantized; None for none."""
+    if not has_quantized_layers([module]):
+        return None
+    config = getattr(getattr(module, "hf_quantizer", None), "quantization_config", None)
+    said = config.to_diff_dict() if config is not None else {}
+    return "bitsandbytes_4bit" if said.get("load_in_4bit") else "bitsandbytes_8bit", {
+        key: value for key, value in said.items() if key.startswith("bnb_4bit") and key != "bnb_4bit_quant_storage"
+    }

@@ -57,7 +57,7 @@ def resolve(pipeline: str, *, allow_hub: bool = False, registry: Registry = regi
         return Resolved(str(directory), "directory")
     if family is not None and not allow_hub:
         return Resolved(str(cache.ensure(pipeline, registry=registry)), "replica", family)
-    if _is_hub_id(pipeline):
+    if is_hub_id(pipeline):
         if snapshot := _cached_snapshot(pipeline):
             return Resolved(snapshot, "hub")
         if allow_hub:
@@ -83,7 +83,7 @@ def resolve_full_size(model: str, *, registry: Registry = registry) -> Descripti
         return read_description(directory)
     if known is not None:
         return known
-    if _is_hub_id(model) and (snapshot := _cached_snapshot(model)):
+    if is_hub_id(model) and (snapshot := _cached_snapshot(model)):
         return read_description(snapshot, model)
     return registry.full_size(model)
 
@@ -106,7 +106,8 @@ def hub_cache_environment(ids: Iterable[str], *, registry: Registry = registry) 
     return {"HF_HUB_CACHE": str(cache.hub_directory()), "HF_HUB_OFFLINE": "1"}
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether it has the form of a hub id, ``org/name``."""
     return bool(_HUB_ID.fullmatch(text)) and len(text) <= 96
 
 
@@ -134,7 +135,7 @@ def _known(wanted: str, registry: Registry) -> str:
 
 
 def _unknown(pipeline: str, registry: Registry) -> str:
-    if _is_hub_id(pipeline):
+    if is_hub_id(pipeline):
         what = f"{pipeline!r} is no replica, no local directory, and not in the hub's cache on this machine."
         return f"{what} {_known(pipeline, registry)} To download it, run with --diffopt-hub (or pass allow_hub=True)."
     return f"{pipeline!r} is no replica, no local directory, and no hub id ('org/name'). {_known(pipeline, registry)}"

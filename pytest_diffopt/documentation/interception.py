@@ -1,0 +1,225 @@
+"""What a block does to the libraries, seen on the way: its pipelines' calls, what it compiles, and pictures it would download.
+
+All of it is patched for good, in a process that runs one block and ends. For a reference the same block is run with what
+it compiles left eager, or what it offloads left on the accelerator.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PICTURE_SIDE = 64
+FRAMES = 5
+
+CallHandler = Callable[[Any, dict[str, Any], frozenset[str], Callable[..., Any]], Any]
+
+
+@dataclass(frozen=True)
+class CompileCall:
+    """One call of torch.compile.
+
+    Attributes:
+        module_id: of the module whose method, or which itself, is compiled; 0 for any other function.
+        method: the method's name; empty for the module itself.
+        function: how it is called in a sentence.
+    """
+
+    module_id: int
+    method: str
+    function: str
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Interception:
+    """What was seen.
+
+    Attributes:
+        compiles: every call of torch.compile, in order.
+        memory_formats: id of a module → the memory format that it was converted to.
+        pictures: addresses that a generated picture or video stands for.
+        offloads: names of methods that were called to offload something.
+    """
+
+    compiles: list[CompileCall] = field(default_factory=list)
+    memory_formats: dict[int, str] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+    offloads: list[str] = field(default_factory=list)
+    _wrapped: set[type] = field(default_factory=set)
+    _kept: list[Any] = field(default_factory=list)
+
+    def install(self, on_call: CallHandler, *, compiles: bool, offloads: bool, device: str) -> None:
+        """Patch the libraries.
+
+        Args:
+            on_call: given a pipeline, all arguments of its call by their names, the names of those that the block gave, and
+                the call itself; returns its result.
+            compiles: False leaves eager what the block compiles. offloads: False places what the block offloads.
+            device: where that is then placed, if the block does not say.
+        """
+        self._see_calls(on_call)
+        self._see_compiles(really=compiles)
+        self._see_offloads(really=offloads, device=device)
+        self._make_pictures()
+
+    # Calls of pipelines.
+
+    def _see_calls(self, on_call: CallHandler) -> None:
+        from diffusers import DiffusionPipeline
+
+        register_modules: Any = DiffusionPipeline.register_modules
+
+        @functools.wraps(register_modules)
+        def register(pipeline: Any, **kwargs: Any) -> None:
+            register_modules(pipeline, **kwargs)
+            self._wrap_call(type(pipeline), on_call)
+
+        DiffusionPipeline.register_modules = register
+
+    def _wrap_call(self, kind: Any, on_call: CallHandler) -> None:
+        if kind in self._wrapped or "__call__" not in vars(kind):
+            return
+        self._wrapped.add(kind)
+        original = kind.__call__
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(pipeline, *args, **kwargs)
+            said = frozenset(bound.arguments)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            arguments.pop(next(iter(signature.parameters)))
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(name, {})
+            return on_call(pipeline, arguments, said, functools.partial(original, pipeline))
+
+        kind.__call__ = call
+
+    # torch.compile.
+
+    def _see_compiles(self, *, really: bool) -> None:
+        import torch
+
+        compile_: Any = torch.compile
+        module_class: Any = torch.nn.Module
+
+        @functools.wraps(compile_)
+        def seen(model: Any = None, **kwargs: Any) -> Any:
+            if model is None:  # a decorator with arguments
+                return lambda function: seen(function, **kwargs)
+            self.compiles.append(_described(model, kwargs))
+            self._kept.append(model)  # so that no other object gets its id
+            return compile_(model, **kwargs) if really else model
+
+        torch.compile = seen
+        if not really:
+            module_compile = module_class.compile
+
+            @functools.wraps(module_compile)
+            def not_compiled(module: Any, *args: Any, **kwargs: Any) -> None:
+                self.compiles.append(_described(module, kwargs))
+
+            module_class.compile = not_compiled
+        to = module_class.to
+
+        @functools.wraps(to)
+        def moved(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if (memory_format := kwargs.get("memory_format")) is not None:
+                self.memory_formats[id(module)] = str(memory_format).removeprefix("torch.")
+                self._kept.append(module)
+            return to(module, *args, **kwargs)
+
+        module_class.to = moved
+
+    # Offloading.
+
+    def _see_offloads(self, *, really: bool, device: str) -> None:
+        import diffusers.hooks
+        from diffusers import DiffusionPipeline
+        from diffusers.models import ModelMixin
+
+        from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+
+        for holder, name in (
+            (DiffusionPipeline, "enable_model_cpu_offload"),
+            (DiffusionPipeline, "enable_sequential_cpu_offload"),
+            (DiffusionPipeline, "enable_group_offload"),
+            (ModelMixin, "enable_group_offload"),
+        ):
+            if hasattr(holder, name):
+                setattr(holder, name, self._offload(name, getattr(holder, name), really=really, device=device))
+        original = diffusers.hooks.apply_group_offloading
+        seen = self._offload("apply_group_offloading", original, really=really, device=device)
+        exchange_everywhere("apply_group_offloading", original, seen)
+
+    def _offload(self, name: str, original: Any, *, really: bool, device: str) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def offload(target: Any, *args: Any, **kwargs: Any) -> Any:
+            self.offloads.append(name)
+            if really:
+                return original(target, *args, **kwargs)
+            said = signature.bind(target, *args, **kwargs).arguments
+            target.to(said.get("onload_device") or said.get("device") or device)
+            return None
+
+        return offload
+
+    # Pictures.
+
+    def _make_pictures(self) -> None:
+        from diffusers.utils import loading_utils
+
+        from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+
+        for name, make in (("load_image", picture), ("load_video", video)):
+            original = getattr(loading_utils, name, None)
+            if original is not None:
+                exchange_everywhere(name, original, self._loader(original, make))
+
+    def _loader(self, original: Any, make: Callable[[], Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load(source: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(source, str) or not source.startswith(("http://", "https://")):
+                return original(source, *args, **kwargs)
+            self.pictures.append(source)
+            made = make()
+            convert = args[0] if args else kwargs.get("convert_method")
+            return convert(made) if callable(convert) else made
+
+        return load
+
+
+def _described(model: Any, kwargs: Mapping[str, Any]) -> CompileCall:
+    import torch
+
+    kept = {name: value for name, value in kwargs.items() if value is not None}
+    if isinstance(model, torch.nn.Module):
+        return CompileCall(id(model), "", type(model).__name__, kept)
+    owner = getattr(model, "__self__", None)
+    name = getattr(model, "__name__", type(model).__name__)
+    if isinstance(owner, torch.nn.Module):
+        return CompileCall(id(owner), name, f"{type(owner).__name__}.{name}", kept)
+    return CompileCall(0, "", name, kept)
+
+
+def picture() -> Any:
+    """A picture that stands for one of the network: small, in colours, not of one kind."""
+    import numpy as np
+    from PIL import Image
+
+    down, across = np.mgrid[0:PICTURE_SIDE, 0:PICTURE_SIDE]
+    channels = [across * 4, down * 4, (across ^ down) * 4]
+    return Image.fromarray(np.stack(channels, -1).astype("uint8"))
+
+
+def video() -> list[Any]:
+    """Some pictures that differ."""
+    return [picture().rotate(15 * index) for index in range(FRAMES)]

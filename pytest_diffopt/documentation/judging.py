@@ -1,0 +1,267 @@
+"""Verdicts of a block, out of its runs: pure functions, as the checks are.
+
+Two checks are the block's own. ``run`` says whether it ran to its end. ``use`` says whether what it configured was used:
+no exception is not a pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from pytest_diffopt.checks import checks_for
+from pytest_diffopt.checks.evidence import Evidence
+from pytest_diffopt.checks.session import CHECKS, limits_of
+from pytest_diffopt.checks.verdict import Verdict
+from pytest_diffopt.documentation.live_recipe import configured
+
+if TYPE_CHECKING:
+    from pytest_diffopt.documentation.pages import Block
+    from pytest_diffopt.documentation.record import BlockRun, Raised, Variant
+    from pytest_diffopt.recipe import Recipe
+
+RUN, USE = "run", "use"
+
+Status = Literal["passed", "failed", "unverified", "skipped"]
+
+_NOT_OF_A_BLOCK = ("state", "forecast")
+"""Checks that say nothing of a block: it has a process to itself, and what it sets there is its own affair."""
+
+_OWN_MISTAKES = (
+    "NameError",
+    "UnboundLocalError",
+    "AttributeError",
+    "TypeError",
+    "SyntaxError",
+    "IndexError",
+    "KeyError",
+)
+_OPTIONAL = ("ImportError", "ModuleNotFoundError")
+_NETWORK = (
+    *("ConnectionError", "ConnectTimeout", "URLError", "gaierror", "MaxRetryError", "OfflineModeIsEnabled"),
+    *("ConnectError", "ProxyError", "NewConnectionError"),
+)
+_REPOSITORY = (
+    "LocalEntryNotFoundError",
+    "RepositoryNotFoundError",
+    "EntryNotFoundError",
+    "HFValidationError",
+    "OSError",
+)
+_HARDWARE = re.compile(
+    r"(?i)compute capability|requires? (?:a |an )?(?:cuda|nvidia|gpu|hopper|ampere)|"
+    r"(?:cuda|nvidia|gpu)\b.{0,40}\b(?:is required|is needed|not available|unavailable|not found)|"
+    r"torch not compiled with cuda|no nvidia driver|found no nvidia"
+)
+_MISSING_PACKAGE = re.compile(
+    r"requires the (?P<a>[\w.-]+) library|"
+    r"(?:requires|need to install|please install|pip install(?: -U)?) [`'\"]?(?P<b>[\w.-]+)"
+)
+
+
+@dataclass(frozen=True)
+class BlockVerdict:
+    """What is said of one block.
+
+    Attributes:
+        status: the worst of its verdicts; ``skipped`` where it cannot run here.
+        sentence: why, in one sentence.
+        verdicts: of every check that applies.
+        recipe: that was read off the block; None where there is none.
+        toml: the recipe's text.
+        notes: what was made small, what stood for something else, what a recipe cannot say.
+    """
+
+    block: Block
+    status: Status
+    sentence: str
+    verdicts: tuple[Verdict, ...] = ()
+    recipe: Recipe | None = None
+    toml: str = ""
+    notes: tuple[str, ...] = ()
+    run: BlockRun | None = None
+
+
+def references_for(run: BlockRun) -> tuple[Variant, ...]:
+    """Which other runs of a block its verdicts need."""
+    recipe = run.read_recipe()
+    if run.ended != "ran" or recipe is None or not run.called:
+        return ()
+    compiled, offloaded = bool(recipe.compilation), recipe.offloading is not None
+    return (*(("eager",) if compiled or offloaded else ()), *(("resident",) if compiled and offloaded else ()))
+
+
+def cannot_run(block: Block, why: str) -> BlockVerdict:
+    """A block that is not run here."""
+    return BlockVerdict(block, "skipped", why)
+
+
+def is_wrong(block: Block, name: str, why: str) -> BlockVerdict:
+    """A block that is no block: the page itself is wrong."""
+    return BlockVerdict(block, "failed", why, (Verdict(RUN, name, "failed", why),))
+
+
+def judge_block(
+    block: Block,
+    name: str,
+    run: BlockRun,
+    references: Mapping[Variant, BlockRun],
+    *,
+    resolves: Callable[[str], bool],
+    installed: Callable[[str], bool],
+    ids: Sequence[str] = (),
+) -> BlockVerdict:
+    """The verdict of a block.
+
+    Args:
+        name: of its recipe.
+        run: the block as it is written. references: its other runs, see :func:`references_for`.
+        resolves: whether a hub id stands for something here. installed: whether a module can be imported.
+        ids: the hub ids that the block names.
+    """
+    notes = _notes(run)
+    if run.ended != "ran":
+        status, sentence, evidence = _did_not_run(run, resolves, installed, ids)
+        if status == "skipped":
+            return BlockVerdict(block, status, sentence, notes=notes, run=run)
+        verdict = Verdict(RUN, name, status, sentence, {}, evidence)
+        return BlockVerdict(block, status, sentence, (verdict,), notes=notes, run=run)
+    recipe = run.read_recipe()
+    verdicts = [Verdict(RUN, name, "passed", f"it ran to its end in {run.seconds:.1f} s")]
+    verdicts.append(_use(name, run, recipe))
+    if recipe is not None:
+        verdicts += _checks(recipe, run, references)
+    return _summed_up(block, verdicts, recipe, run, notes)
+
+
+def _summed_up(
+    block: Block, verdicts: list[Verdict], recipe: Recipe | None, run: BlockRun, notes: tuple[str, ...]
+) -> BlockVerdict:
+    order: tuple[Status, ...] = ("failed", "unverified", "passed")
+    status = next(one for one in order if any(verdict.status == one for verdict in verdicts))
+    telling = [verdict for verdict in verdicts if verdict.status == status]
+    if status == "passed":
+        parts = configured(recipe) if recipe is not None else ()
+        checked = ", ".join(verdict.check for verdict in verdicts if verdict.check != RUN)
+        sentence = f"{' + '.join(parts) or 'the plain pipeline'}: {checked}"
+    else:
+        sentence = "; ".join(f"{verdict.check}: {verdict.sentence}" for verdict in telling)
+    return BlockVerdict(block, status, sentence, tuple(verdicts), recipe, run.toml, notes, run)
+
+
+def _notes(run: BlockRun) -> tuple[str, ...]:
+    notes = [f"made small: {', '.join(run.shrunk)}"] if run.shrunk else []
+    notes += [f"a generated picture stands for {address}" for address in run.pictures]
+    return (*notes, *run.beside)
+
+
+# Whether it ran.
+
+
+def _did_not_run(
+    run: BlockRun, resolves: Callable[[str], bool], installed: Callable[[str], bool], ids: Sequence[str]
+) -> tuple[Status, str, tuple[str, ...]]:
+    raised = run.raised
+    if raised is None:
+        return "failed", run.how, tuple(run.output.splitlines()[-3:])
+    where = f"line {raised.line}: " if raised.line else ""
+    evidence = _evidence(raised)
+    if reason := _not_here(raised, resolves, installed, ids):
+        return "skipped", reason, ()
+    if "PermissionError" in raised.kinds or "Permission denied" in raised.message:
+        return "unverified", f"{where}it writes outside of its own folder, which is refused here ({raised})", evidence
+    if _HARDWARE.search(raised.message):
+        return "unverified", f"{where}it asks for hardware that is not here ({raised})", evidence
+    if "NotImplementedError" in raised.kinds and re.search(r"'sim'|PrivateUse1", raised.message):
+        return "unverified", f"{where}the simulated device cannot do it ({raised})", evidence
+    return "failed", f"{where}{raised}", evidence
+
+
+def _evidence(raised: Raised) -> tuple[str, ...]:
+    lines = [line.rstrip() for line in raised.message.splitlines() if line.strip()][1:4]
+    frames = [line.strip() for line in raised.traceback if line.lstrip().startswith("File ")]
+    return (*lines, *frames[-1:])
+
+
+def _not_here(
+    raised: Raised, resolves: Callable[[str], bool], installed: Callable[[str], bool], ids: Sequence[str]
+) -> str:
+    """Why it cannot run on this machine, through no fault of the page's; empty where it could."""
+    if "ModuleNotFoundError" in raised.kinds and raised.missing and not installed(raised.missing.partition(".")[0]):
+        return f"needs {raised.missing.partition('.')[0]}, which is not installed"
+    if "ImportError" in raised.kinds or "PackageNotFoundError" in raised.kinds:
+        match = _MISSING_PACKAGE.search(raised.message)
+        package = (match["a"] or match["b"]) if match else ""
+        if package and not installed(package):
+            return f"needs {package}, which is not installed"
+    if any(kind in _NETWORK for kind in raised.kinds):
+        return f"needs the network ({raised.error})"
+    if any(kind in _REPOSITORY for kind in raised.kinds):
+        unknown = [one for one in ids if not resolves(one) and one in raised.message]
+        if unknown:
+            return f"no replica stands for {unknown[0]!r}{_placeholder(unknown[0])}"
+        if "outgoing traffic has been disabled" in raised.message or "offline mode" in raised.message.lower():
+            return f"needs a file of the hub that no replica has ({raised.first_line})"
+    return ""
+
+
+def _placeholder(hub_id: str) -> str:
+    owner = hub_id.partition("/")[0].casefold()
+    return ": it is a placeholder" if re.search(r"user|your|org-?name|path|namespace", owner) else ""
+
+
+# Whether what it configured was used.
+
+
+def _use(name: str, run: BlockRun, recipe: Recipe | None) -> Verdict:
+    problems: list[str] = []
+    failed = False
+    for error in run.swallowed:
+        where = f"line {error.line}"
+        if error.error in _OWN_MISTAKES:
+            failed = True
+            problems.append(f"{where} fails, and the block hides it: {error}")
+        elif error.error not in _OPTIONAL:
+            problems.append(f"{where} fails, and the block handles it: {error}")
+    problems += run.idle
+    parts = configured(recipe) if recipe is not None else ()
+    if not run.called and not run.idle:
+        what = f"{' and '.join(parts)} is configured" if parts else "it configures nothing that could be judged"
+        problems.append(f"{what}, and no pipeline is called")
+    if run.called and run.device_bytes == 0:
+        problems.append(f"nothing was ever put on the accelerator ({run.accelerator}): everything ran on the host")
+    problems += run.not_judged
+    if run.recipe_error:
+        problems.append(f"what is set on the pipeline is no recipe: {run.recipe_error.splitlines()[-1].strip()}")
+    if problems:
+        return Verdict(USE, name, "failed" if failed else "unverified", "; ".join(problems))
+    return Verdict(USE, name, "passed", f"{', '.join(run.called)} was called on {run.accelerator}")
+
+
+# The checks of a recipe.
+
+
+def _checks(recipe: Recipe, run: BlockRun, references: Mapping[Variant, BlockRun]) -> list[Verdict]:
+    observation = run.read_observation()
+    if observation is None:
+        return []
+    eager = references.get("eager")
+    resident = references.get("resident", eager if not recipe.compilation else None)
+    reference = eager.read_observation() if eager is not None else observation
+    given = Evidence(
+        recipe, observation, limits_of(recipe), reference, resident.read_observation() if resident is not None else None
+    )
+    names = [name for name in checks_for(recipe) if name not in _NOT_OF_A_BLOCK]
+    if not run.called:
+        names = [name for name in names if name == "quantization"]  # that needs no call
+    found = [CHECKS[name](given) for name in names]
+    wrong = [
+        f"the {variant} run of the block: {_ending(one)}" for variant, one in references.items() if one.ended != "ran"
+    ]
+    return [replace(one, evidence=(*one.evidence, *wrong)) if one.status != "passed" else one for one in found]
+
+
+def _ending(run: BlockRun) -> str:
+    return str(run.raised) if run.raised is not None else run.how

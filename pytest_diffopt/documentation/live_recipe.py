@@ -1,0 +1,283 @@
+"""The recipe of a live pipeline: what code that nobody changed made of it, read off its components.
+
+Only what is really there counts: layers by what their weights hold, hooks by their own settings, compiled calls by what
+torch.compile was given for them. What a recipe has no word for is told beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.errors import RecipeError
+from pytest_diffopt.preparation import compilation, offloading, quantization
+from pytest_diffopt.recipe import Call, Compilation, Quantization, Recipe
+from pytest_diffopt.replicas import registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_diffopt.documentation.interception import CompileCall, Interception
+
+_PLAIN = (bool, int, float, str)
+SIZE = ("height", "width", "num_frames", "num_inference_steps")
+"""Arguments of a call that a recipe says whether the block gave them or not."""
+
+_NO_KWARGS = ("prompt", *SIZE, "generator", "return_dict", "output_type")
+
+
+@dataclass(frozen=True)
+class LiveRecipe:
+    """A recipe as it was read.
+
+    Attributes:
+        recipe: what was read.
+        beside: what is set on the pipeline and cannot be said by a recipe, a sentence each.
+    """
+
+    recipe: Recipe
+    beside: tuple[str, ...] = ()
+
+    @property
+    def configures(self) -> tuple[str, ...]:
+        """Which parts make it more than the plain pipeline, in words."""
+        return configured(self.recipe)
+
+
+@dataclass
+class _Reading:
+    """What is found on the way."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
+
+
+def configured(recipe: Recipe) -> tuple[str, ...]:
+    """The parts of a recipe that make it more than the plain pipeline."""
+    parts = {
+        "quantization": recipe.quantization is not None,
+        "compilation": bool(recipe.compilation),
+        "offloading": recipe.offloading is not None,
+        "VAE tiling": bool(recipe.vae_tiling),
+        "VAE slicing": recipe.vae_slicing,
+    }
+    return tuple(name for name, there in parts.items() if there)
+
+
+def described(recipe: Recipe) -> str:
+    """What a recipe is made of, in a line: ``bitsandbytes_4bit + compile transformer + model offloading``."""
+    parts: list[str] = [one.backend for one in recipe.quantizations]
+    for one in recipe.compilation:
+        blocks = " by block" if one.scope == "repeated_blocks" else ""
+        parts.append(f"compile {one.component}{blocks}")
+    if recipe.offloading is not None:
+        kind = recipe.offloading.resolved_offload_type
+        parts.append(f"{recipe.offloading.strategy} offloading{f' ({kind})' if kind else ''}")
+    parts += [word for word in configured(recipe) if word not in ("quantization", "compilation", "offloading")]
+    return " + ".join(parts) or "plain"
+
+
+def configuration(recipe: Recipe) -> str:
+    """What two recipes have in common that differ only in their calls."""
+    return recipe.replace(call=Call()).content_hash
+
+
+def read(
+    name: str,
+    pipeline: Any,
+    components: Mapping[str, torch.nn.Module],
+    seen: Interception,
+    dynamo: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None = None,
+) -> LiveRecipe:
+    """The recipe of a pipeline, or of a module by itself, as it stands now.
+
+    Args:
+        seen: what torch.compile was called with.
+        dynamo: settings of torch._dynamo.config that differ from what they were.
+        arguments: that its first call was given; None where it was not called.
+
+    Raises:
+        RecipeError: what is set on it cannot be together in a recipe.
+    """
+    reading = _Reading()
+    reading.fields |= {"name": name, "pipeline": _source(pipeline, components, reading), "dynamo": dict(dynamo)}
+    if dtype := _dtype(components.values()):
+        reading.fields["dtype"] = dtype
+    _quantization(components, reading)
+    _compilation(components, seen, reading)
+    _offloading(pipeline, components, reading)
+    _autoencoder(components, reading)
+    if arguments is not None:
+        reading.fields["call"] = call_of(arguments)
+    _beside(pipeline, reading)
+    return LiveRecipe(Recipe(**reading.fields), tuple(reading.beside))
+
+
+def call_of(arguments: Mapping[str, Any]) -> Call:
+    """A call with these arguments, as far as a recipe can say them."""
+    said: dict[str, Any] = {}
+    prompt = arguments.get("prompt")
+    if isinstance(prompt, list) and prompt and all(isinstance(one, str) for one in prompt):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        said["prompts"] = (prompt,)
+    size = [arguments.get(side) for side in SIZE[:3]]
+    if all(isinstance(side, int) for side in size[:2]):
+        said["sizes"] = tuple(side for side in size if isinstance(side, int))
+    if isinstance(steps := arguments.get("num_inference_steps"), int):
+        said["num_inference_steps"] = steps
+    said["kwargs"] = {
+        name: value for name, value in arguments.items() if name not in _NO_KWARGS and isinstance(value, _PLAIN)
+    }
+    return Call(**said)
+
+
+# Where it comes from.
+
+
+def _source(pipeline: Any, components: Mapping[str, torch.nn.Module], reading: _Reading) -> str:
+    """What a recipe names as its pipeline: where it was loaded from, else the replica of its class."""
+    own = loaded_from(pipeline)
+    if own:
+        for name, module in components.items():
+            other = loaded_from(module)
+            if other and other.casefold() != own.casefold() and not _is_part_of(other, own):
+                reading.beside.append(f"{name} comes from {other}")
+        return own
+    kind = type(pipeline).__name__
+    family = next((f for f in registry.families.values() if f.pipeline_class == kind), None)
+    if family is not None:
+        reading.beside.append(f"the {kind} is put together by hand; {family.name} stands for it")
+        return family.name
+    reading.beside.append(f"where the {kind} comes from is not known")
+    return next(filter(None, map(loaded_from, components.values())), kind)
+
+
+def loaded_from(module: Any) -> str:
+    """The hub id or directory that it was loaded from; empty where it was not."""
+    name = getattr(module, "_name_or_path", None) or getattr(getattr(module, "config", None), "_name_or_path", None)
+    if not isinstance(name, str):
+        return ""
+    snapshot = re.search(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/", name)
+    return f"{snapshot['org']}/{snapshot['name']}" if snapshot else name
+
+
+def _is_part_of(name: str, whole: str) -> bool:
+    return name.startswith(whole.rstrip("/") + "/")
+
+
+def _dtype(modules: Iterable[torch.nn.Module]) -> str:
+    """The dtype of most parameters that are floats; empty where there are none, or where it is none of a recipe's."""
+    counts: dict[str, int] = {}
+    for module in modules:
+        for parameter in compilation.original_module(module).parameters():
+            if parameter.is_floating_point():
+                name = str(parameter.dtype).removeprefix("torch.")
+                counts[name] = counts.get(name, 0) + parameter.numel()
+    name = max(counts, key=lambda one: counts[one], default="")
+    return name if name in ("float32", "float16", "bfloat16") else ""
+
+
+# Its parts.
+
+
+def _quantization(components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:
+    found: dict[tuple[str, str], tuple[Quantization, list[str]]] = {}
+    for name, module in components.items():
+        read = quantization.quantization_of(compilation.original_module(module))
+        if read is None:
+            continue
+        backend, kwargs = read
+        one = Quantization(backend, kwargs=kwargs)  # type: ignore[arg-type]
+        found.setdefault((backend, repr(sorted(one.kwargs.items()))), (one, []))[1].append(name)
+    parts = [dataclasses.replace(one, components=tuple(names)) for one, names in found.values()]
+    if parts:
+        reading.fields["quantization"] = parts[0] if len(parts) == 1 else parts
+
+
+def _compilation(components: Mapping[str, torch.nn.Module], seen: Interception, reading: _Reading) -> None:
+    compiled: list[Compilation] = []
+    told: set[int] = set()
+    for name, module in components.items():
+        root = compilation.original_module(module)
+        by_id = {id(inner): path for path, inner in root.named_modules()}
+        own = [call for call in seen.compiles if call.module_id in by_id]
+        told |= {id(call) for call in own}
+        whole = [call for call in own if by_id[call.module_id] == "" and call.method in ("", "forward", "_call_impl")]
+        parts = [call for call in own if by_id[call.module_id] != ""]
+        others = [call for call in own if call not in whole and call not in parts]
+        reading.beside += [f"{name}.{call.method} is compiled by itself" for call in others]
+        if whole or parts:
+            scope = "module" if whole else "repeated_blocks"
+            compiled.append(_one(name, scope, (whole or parts)[-1], seen.memory_formats.get(id(root))))
+    elsewhere = [call for call in seen.compiles if id(call) not in told]
+    reading.beside += sorted({f"{call.function} is compiled, which is no component" for call in elsewhere})
+    reading.fields["compilation"] = tuple(compiled)
+
+
+def _one(name: str, scope: Any, call: CompileCall, memory_format: str | None) -> Compilation:
+    said = call.kwargs
+    return Compilation(
+        name,
+        scope=scope,
+        backend=said.get("backend", "inductor"),
+        mode=said.get("mode"),
+        fullgraph=bool(said.get("fullgraph", False)),
+        dynamic=said.get("dynamic"),
+        memory_format=memory_format,  # type: ignore[arg-type]
+        options=said.get("options"),
+    )
+
+
+def _offloading(pipeline: Any, components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:
+    found = {name: offloading.offloading_of(compilation.original_module(module)) for name, module in components.items()}
+    hooked = {name: one for name, one in found.items() if one is not None}
+    if not hooked:
+        return
+    kinds = list(dict.fromkeys(hooked.values()))
+    excluded = set(getattr(pipeline, "_exclude_from_cpu_offload", ()))
+    everything = set(hooked) >= set(components) - excluded and len(kinds) == 1
+    chosen = kinds[0]
+    names = [name for name, one in hooked.items() if one == chosen]
+    reading.beside += [
+        f"{name} is offloaded in another way ({one.strategy})" for name, one in hooked.items() if one != chosen
+    ]
+    reading.fields["offloading"] = chosen if everything else dataclasses.replace(chosen, components=tuple(names))
+
+
+def _autoencoder(components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:
+    for name, module in components.items():
+        for switch, said in (("use_tiling", "vae_tiling"), ("use_slicing", "vae_slicing")):
+            if getattr(module, switch, False) is True:
+                reading.fields[said] = True
+                if name != "vae":
+                    reading.beside.append(f"{said} is on for {name}")
+
+
+def _beside(pipeline: Any, reading: _Reading) -> None:
+    """What changes the pipeline's output or cost and has no word in a recipe."""
+    getter = getattr(pipeline, "get_active_adapters", None)
+    if callable(getter) and hasattr(pipeline, "_lora_loadable_modules"):
+        try:
+            adapters = getter()
+        except Exception:  # without peft it refuses: then there are none
+            adapters = []
+        if adapters:
+            reading.beside.append(f"adapters are loaded: {', '.join(map(str, adapters))}")
+    device_map = getattr(pipeline, "hf_device_map", None)
+    if device_map:
+        reading.beside.append(f"a device map places it: {device_map}")
+
+
+def toml_of(live: LiveRecipe, comments: Iterable[str] = ()) -> str:
+    """The recipe as TOML, with what it cannot say, and what else is told, as comments above it."""
+    lines = [f"# {line}" for text in (*comments, *live.beside) for line in text.splitlines()]
+    try:
+        body = live.recipe.to_toml()
+    except RecipeError as error:
+        body = "".join(f"# {line}\n" for line in str(error).splitlines())
+    return "\n".join([*lines, body])
