@@ -117,16 +117,15 @@ def _summary(verdict: BlockVerdict, name: str) -> dict[str, Any]:
 
 def told(page: Page, verdict: BlockVerdict) -> str:
     """What is said of a block that did not pass: each verdict with its evidence, and what its recipe is."""
-    lines = [f"{page.path.name}:{verdict.block.line}  {verdict.status}"]
+    lines = [f"{page.path.name}:{verdict.block.line} {verdict.status}: {verdict.sentence}"]
     for one in verdict.verdicts:
         if one.status != "passed":
-            lines.append(f"  {one.check}: {one.sentence}")
+            if one.sentence not in lines[0]:
+                lines.append(f"  {one.check}: {one.sentence}")
             lines += [f"    {line}" for line in one.evidence]
     if verdict.run is not None and verdict.run.raised is not None:
         own = [line for line in verdict.run.raised.traceback if line.strip()]
         lines += [f"    {line}" for line in own[-12:]]
-    if len(lines) == 1:
-        lines.append(f"  {verdict.sentence}")
     return "\n".join(lines)
 
 

@@ -55,6 +55,7 @@ _HARDWARE = re.compile(
     r"(?:cuda|nvidia|gpu)\b.{0,40}\b(?:is required|is needed|not available|unavailable|not found)|"
     r"torch not compiled with cuda|no nvidia driver|found no nvidia"
 )
+_PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _MISSING_PACKAGE = re.compile(
     r"requires the (?P<a>[\w.-]+) library|"
     r"(?:requires|need to install|please install|pip install(?: -U)?) [`'\"]?(?P<b>[\w.-]+)"
@@ -164,6 +165,8 @@ def _did_not_run(
     run: BlockRun, resolves: Callable[[str], bool], installed: Callable[[str], bool], ids: Sequence[str]
 ) -> tuple[Status, str, tuple[str, ...]]:
     raised = run.raised
+    if run.own_code_ended:
+        return "unverified", run.how, ()
     if raised is None:
         return "failed", run.how, tuple(run.output.splitlines()[-3:])
     where = f"line {raised.line}: " if raised.line else ""
@@ -180,9 +183,8 @@ def _did_not_run(
 
 
 def _evidence(raised: Raised) -> tuple[str, ...]:
-    lines = [line.rstrip() for line in raised.message.splitlines() if line.strip()][1:4]
-    frames = [line.strip() for line in raised.traceback if line.lstrip().startswith("File ")]
-    return (*lines, *frames[-1:])
+    lines = [line.strip() for line in raised.message.splitlines() if line.strip()][1:4]
+    return tuple(lines)
 
 
 def _not_here(
@@ -196,6 +198,8 @@ def _not_here(
         package = (match["a"] or match["b"]) if match else ""
         if package and not installed(package):
             return f"needs {package}, which is not installed"
+    if "OSError" in raised.kinds and (match := _PLACEHOLDER.search(raised.message)):
+        return f"{match[0]} is a placeholder: nothing is there"
     if any(kind in _NETWORK for kind in raised.kinds):
         return f"needs the network ({raised.error})"
     if any(kind in _REPOSITORY for kind in raised.kinds):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.documentation import live_recipe, pages, rewriting, small_calls
 from pytest_diffopt.documentation.interception import Interception
-from pytest_diffopt.documentation.order import Code, Order
+from pytest_diffopt.documentation.order import ENDED, Code, Order
 from pytest_diffopt.documentation.record import BlockRun, Raised
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run, versions
@@ -182,6 +182,9 @@ class _Observing:
         namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__, "__file__": order.page}
         namespace[rewriting.NOTE_CAUGHT] = rewriting.on_caught(self._note_caught, order.page)
         _see_suppressed(self._note_caught, order.page)
+        for code in (*order.before, order.block):
+            for path in rewriting.placeholders(code.source, order.folder):
+                path.parent.mkdir(parents=True, exist_ok=True)  # so that something can be written there
         try:
             codes = [self._compiled(code) for code in (*order.before, order.block)]
         except SyntaxError as error:
@@ -204,6 +207,7 @@ class _Observing:
             except BaseException as error:
                 ended, raised = "raised", _told(error, order.page)
             seconds = time.perf_counter() - started
+            Path(order.folder, ENDED).touch()
             if ended == "ran":
                 self.seen.inside = True  # what is called from here on are calls of ours
                 self.watched.finish()
@@ -482,7 +486,10 @@ def _seed(seed: int) -> None:
 
 def _told(error: BaseException, page: str) -> Raised:
     missing = getattr(error, "name", None) if isinstance(error, ImportError | NameError) else None
-    lines = "".join(traceback.format_exception(error)).splitlines()
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename != page:
+        trace = trace.tb_next  # what is before the page's own code is ours
+    lines = "".join(traceback.format_exception(type(error), error, trace)).splitlines()
     return Raised(
         error=type(error).__name__,
         message=str(error),

@@ -9,6 +9,10 @@ from typing import Any
 from pytest_diffopt.documentation.record import Variant
 
 
+ENDED = "ended"
+"""The file, in a block's folder, that is there once the block's own code has ended: what runs on is ours."""
+
+
 @dataclass(frozen=True)
 class Code:
     """The text of a block, and where it stands on the page."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.documentation.order import ENDED
 from pytest_diffopt.documentation.record import BlockRun
 from pytest_diffopt.errors import DiffoptError, UnverifiableError
 from pytest_diffopt.user_cache import cache_directory
@@ -33,6 +34,9 @@ RESULT, OUTPUT, STUCK = "result.json", "output.txt", "stuck.txt"
 
 START_SECONDS = 300.0
 """For the import of the libraries, and the building of the simulated device where it is not built yet."""
+
+OUR_CALLS = 2
+"""So many times a block's own limit may the calls take that we make once it has ended."""
 
 _GRACE_SECONDS = 2.0
 _SHOWN_OUTPUT = 2000
@@ -150,7 +154,7 @@ class Server:
                 process.stdin.write(json.dumps(asked) + "\n")
                 process.stdin.flush()
         ended: dict[int, dict[str, Any]] = {}
-        until = time.monotonic() + seconds * len(orders) + 10 * _GRACE_SECONDS
+        until = time.monotonic() + (1 + OUR_CALLS) * seconds * len(orders) + 10 * _GRACE_SECONDS
         while len(ended) < len(orders):
             answer = self._answer(process, until)
             if "run" not in answer:
@@ -201,6 +205,9 @@ def _read(folder: Path, answer: Mapping[str, Any], seconds: float) -> BlockRun:
     """What a run of a block left in its folder."""
     output = _tail(folder / OUTPUT)
     if answer.get("timed_out"):
+        if (folder / ENDED).exists():
+            how = f"the block ended, and the calls that are made after it did not end within {OUR_CALLS * seconds:g} s"
+            return BlockRun("timed out", how=how, output=output, own_code_ended=True)
         stuck = _stuck_line(folder / STUCK)
         where = f", it was at line {stuck}" if stuck else ""
         return BlockRun("timed out", how=f"it did not end within {seconds:g} s{where}", output=output)
@@ -252,19 +259,38 @@ def serve() -> None:
         answers.write(json.dumps({"error": str(error), "unverifiable": isinstance(error, UnverifiableError)}) + "\n")
         return
     answers.write(json.dumps({"ready": accelerator.kind}) + "\n")
-    running: dict[int, tuple[int, float]] = {}
-    for line in _lines(lambda: _reap(running, answers), parent):
-        asked = json.loads(line)
-        if accelerator.kind not in _FORKS or not hasattr(os, "fork"):
-            answers.write(json.dumps(_in_this_process(asked, accelerator)) + "\n")
-            continue
-        process = os.fork()
-        if process == 0:
-            answers.close()
-            _child(asked, accelerator)
-        running[process] = (asked["run"], time.monotonic() + asked["seconds"])
-    for process in running:
-        _kill(process)
+    running: dict[int, _Running] = {}
+    try:
+        for line in _lines(lambda: _reap(running, answers), parent):
+            asked = json.loads(line)
+            if accelerator.kind not in _FORKS or not hasattr(os, "fork"):
+                answers.write(json.dumps(_in_this_process(asked, accelerator)) + "\n")
+                continue
+            process = os.fork()
+            if process == 0:
+                answers.close()
+                _child(asked, accelerator)
+            running[process] = _Running(asked["run"], asked["folder"], asked["seconds"], time.monotonic())
+    finally:
+        for process in running:
+            _kill(process)
+
+
+@dataclasses.dataclass
+class _Running:
+    """A block's process."""
+
+    number: int
+    folder: str
+    seconds: float
+    started: float
+
+    def is_late(self) -> bool:
+        """Whether its time is up: what we call after the block's own code has time of its own."""
+        passed = time.monotonic() - self.started
+        if passed > self.seconds and os.path.exists(f"{self.folder}/{ENDED}"):
+            return passed > (1 + OUR_CALLS) * self.seconds
+        return passed > self.seconds
 
 
 def _import_libraries() -> None:
@@ -285,6 +311,12 @@ def _import_libraries() -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     logging.disable(logging.NOTSET)
+    with contextlib.suppress(Exception):
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     with contextlib.suppress(Exception):
         from diffusers import StableDiffusionXLPipeline, WanPipeline  # noqa: F401
 
@@ -309,10 +341,10 @@ def _lines(meanwhile: Callable[[], None], parent: int) -> Iterator[str]:
                 yield line.decode()
 
 
-def _reap(running: dict[int, tuple[int, float]], answers: Any) -> None:
-    for process, (number, until) in list(running.items()):
+def _reap(running: dict[int, _Running], answers: Any) -> None:
+    for process, block in list(running.items()):
         ended, status = os.waitpid(process, os.WNOHANG)
-        timed_out = not ended and time.monotonic() > until
+        timed_out = not ended and block.is_late()
         if timed_out:
             _kill(process)
             _, status = os.waitpid(process, 0)
@@ -320,7 +352,7 @@ def _reap(running: dict[int, tuple[int, float]], answers: Any) -> None:
             del running[process]
             _kill(process)  # what it started goes with it
             code = os.waitstatus_to_exitcode(status)
-            answers.write(json.dumps({"run": number, "status": code, "timed_out": timed_out}) + "\n")
+            answers.write(json.dumps({"run": block.number, "status": code, "timed_out": timed_out}) + "\n")
 
 
 def _kill(process: int) -> None:

@@ -48,6 +48,7 @@ class BlockRun:
     Attributes:
         ended: ``ran`` to its end; ``raised``; ``exited`` by sys.exit; ``died``, with its process; ``timed out``.
         how: what is to be said of an end that is neither ``ran`` nor ``raised``.
+        own_code_ended: what did not end was ours, not the block's.
         raised: the exception that ended it.
         swallowed: exceptions that its own code caught.
         recipe: of the pipeline that was judged, as the block left it; None where there is none.
@@ -69,6 +70,7 @@ class BlockRun:
 
     ended: Literal["ran", "raised", "exited", "died", "timed out"]
     how: str = ""
+    own_code_ended: bool = False
     raised: Raised | None = None
     swallowed: tuple[Raised, ...] = ()
     recipe: Mapping[str, Any] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType
 from typing import TypeVar
 
@@ -137,6 +138,13 @@ class _Rewriter(ast.NodeTransformer):
 
 def _like(node: _Node, other: ast.AST) -> _Node:
     return ast.copy_location(node, other)
+
+
+def placeholders(source: str, folder: str) -> list[Path]:
+    """Where the placeholder paths of a block lead."""
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)] if source else []
+    texts = [value for value in constants if isinstance(value, str) and _PLACEHOLDER.match(value)]
+    return [Path(folder, text.lstrip("/")) for text in texts]
 
 
 def on_caught(note: Callable[[BaseException, int], None], page: str) -> Callable[[], None]:
