@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas import (
+    cogvideox,
     flux,
     ltx_video,
     qwen_image,
@@ -113,12 +114,11 @@ def _names(description: Description) -> tuple[str, ...]:
 registry = Registry(
     flux.FAMILY,
     stable_diffusion.FAMILY,
+    stable_diffusion_xl.FAMILY,
+    stable_diffusion_3.FAMILY,
     wan.FAMILY,
-    full_sizes=(
-        *stable_diffusion_xl.FULL_SIZES,
-        *stable_diffusion_3.FULL_SIZES,
-        *ltx_video.FULL_SIZES,
-        *qwen_image.FULL_SIZES,
-    ),
+    ltx_video.FAMILY,
+    cogvideox.FAMILY,
+    qwen_image.FAMILY,
 )
 """The families and full sizes that recipes, pages and forecasts resolve to."""

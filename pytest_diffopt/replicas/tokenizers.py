@@ -81,6 +81,11 @@ def qwen2_tokenizer(max_length: int = 131072) -> Any:
     )
 
 
+def qwen2_vocabulary_size() -> int:
+    """Number of tokens of :func:`qwen2_tokenizer`, special ones included: a text encoder's ``vocab_size``."""
+    return len(qwen2_tokenizer())
+
+
 _MAKERS: Mapping[str, Callable[..., Any]] = {
     "CLIPTokenizer": clip_tokenizer,
     "CLIPTokenizerFast": clip_tokenizer,

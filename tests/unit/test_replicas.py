@@ -18,23 +18,43 @@ from pytest_diffopt.replicas import (
     Family,
     Registry,
     cache_directory,
+    cogvideox,
     ensure,
     families,
     flux,
     hub_cache_environment,
     known,
+    ltx_video,
+    qwen_image,
     register,
     resolve,
     stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
     tokenizers,
     wan,
 )
 from pytest_diffopt.replicas.initialization import randomize, reproducible
 
-BUILDS = [(flux.FAMILY, flux.DEV), (flux.FAMILY, flux.SCHNELL), (stable_diffusion.FAMILY, None), (wan.FAMILY, None)]
+BUILDS = [
+    (flux.FAMILY, flux.DEV),
+    (flux.FAMILY, flux.SCHNELL),
+    (stable_diffusion.FAMILY, None),
+    (stable_diffusion_xl.FAMILY, None),
+    (stable_diffusion_xl.FAMILY, stable_diffusion_xl.TURBO),
+    (stable_diffusion_3.FAMILY, stable_diffusion_3.MEDIUM_3),
+    (stable_diffusion_3.FAMILY, stable_diffusion_3.MEDIUM),
+    (stable_diffusion_3.FAMILY, None),
+    (wan.FAMILY, None),
+    (ltx_video.FAMILY, None),
+    (cogvideox.FAMILY, cogvideox.SMALL),
+    (cogvideox.FAMILY, None),
+    (qwen_image.FAMILY, None),
+]
 
-# Components' Linears whose outputs are no multiple of 128: Wan's patches of 2 x 2 pixels of 16 channels, as in public.
-NARROW_OUTPUTS = {"tiny-wan": {"transformer.proj_out"}}
+# Components' Linears whose outputs are no multiple of 128: patches of 2 x 2 latents of 16 channels, as in public.
+PATCHES = {"transformer.proj_out"}
+NARROW_OUTPUTS = {"tiny-wan": PATCHES, "tiny-sd3": PATCHES, "tiny-cogvideox": PATCHES}
 
 
 def family(name: str = "tiny-mine", hub_ids: tuple[str, ...] = ("my-org/my-model",), **changes: Any) -> Family:
@@ -166,7 +186,7 @@ def test_bfloat16_stays_near_float32_so_that_parity_can_see_faults(built: tuple[
 
 def test_one_step_and_a_size_that_is_not_square_work(built: tuple[Family, Any]) -> None:
     made, pipeline = built
-    size = (64, 112, 9)[: len(made.default_size)]
+    size = (64, 128, 9)[: len(made.default_size)]
     arguments = dict(zip(("height", "width", "num_frames"), size, strict=False))
     assert run(made, pipeline, num_inference_steps=1, **arguments).shape == shape(*size)
 
