@@ -59,7 +59,7 @@ _VAE = {
     "dropout": 0.0,
 }
 
-_TEXT_ENCODER = {
+_TEXT_ENCODER: dict[str, Any] = {
     "image_token_id": 151655,
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
@@ -208,7 +208,7 @@ def build(hub_id: str | None = None) -> Any:
 
 FAMILY = Family(
     name="tiny-qwen-image",
-    hub_ids=(HUB_ID,),
+    hub_ids=(HUB_ID, "Qwen/Qwen-Image-2512"),
     components=("text_encoder", "transformer", "vae"),
     pipeline_class=ARCHITECTURE.pipeline_class,
     default_size=(96, 96),

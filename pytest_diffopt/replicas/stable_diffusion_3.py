@@ -1,4 +1,4 @@
-"""Stability AI's Stable Diffusion 3 and 3.5: tiny-sd3, with the classes of the public repositories, and 3.5 in its full sizes."""
+"""Stability AI's Stable Diffusion 3 and 3.5: tiny-sd3, with the public repositories' classes, and 3.5 in its full sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_diffopt.replicas import description, initialization, text_encoders, tokenizers
 from pytest_diffopt.replicas.description import Architecture, Description, Published
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import Family, Variant
 
 MEDIUM_3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -164,7 +164,7 @@ def build(hub_id: str | None = None) -> Any:
 
 FAMILY = Family(
     name="tiny-sd3",
-    hub_ids=(MEDIUM_3, MEDIUM, LARGE),
+    hub_ids=(MEDIUM_3, MEDIUM, LARGE, "stabilityai/stable-diffusion-3.5-large-turbo"),
     components=("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
     pipeline_class=ARCHITECTURE.pipeline_class,
     default_size=(96, 96),
@@ -172,4 +172,5 @@ FAMILY = Family(
     sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__, description.__file__),
     notes="2 joint blocks of width 128; 512 pixels at most.",
     full_sizes=FULL_SIZES,
+    variants=(Variant("fp16", (MEDIUM_3,), ("text_encoder", "text_encoder_2", "text_encoder_3")),),
 )

@@ -1,4 +1,4 @@
-"""Stability AI's Stable Diffusion XL: tiny-sdxl, with the classes and the schedulers of the public repositories, and the base."""
+"""Stability AI's Stable Diffusion XL: tiny-sdxl, with the public repositories' classes and schedulers, and the base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_diffopt.replicas import description, initialization, text_encoders, tokenizers
 from pytest_diffopt.replicas.description import Architecture, Description, Published
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import ComponentRepository, Family, Variant
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 TURBO = "stabilityai/sdxl-turbo"
@@ -162,4 +162,6 @@ FAMILY = Family(
     sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__, description.__file__),
     notes="A UNet of two levels of width 128, the second with attention.",
     full_sizes=FULL_SIZES,
+    variants=(Variant("fp16", (BASE, TURBO), ("text_encoder", "text_encoder_2", "unet", "vae")),),
+    component_repositories=(ComponentRepository("madebyollin/sdxl-vae-fp16-fix", "vae", {"force_upcast": False}),),
 )
