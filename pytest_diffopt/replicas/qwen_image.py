@@ -214,6 +214,6 @@ FAMILY = Family(
     default_size=(96, 96),
     build=build,
     sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__, description.__file__),
-    notes="2 blocks of width 256; 32 latent channels where Qwen-Image has 16; a text encoder of 2 layers, with one for pictures.",
+    notes="2 blocks of width 256; 32 latent channels where Qwen-Image has 16; 2 layers of text encoder, 1 for pictures.",
     full_sizes=FULL_SIZES,
 )
