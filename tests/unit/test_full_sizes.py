@@ -75,7 +75,9 @@ CLIP_G = 694_659_840  # with its projection, as benchmarks of Stable Diffusion 3
 VAE_4 = 83_653_863  # as Stable Diffusion's cards count it
 VAE_16 = VAE_4 + 9 * 512 * (12 + 24) + 24 - (8 * 8 + 8) - (4 * 4 + 4)  # 12 latent channels more, no quant_conv
 UMT5_XXL = 5_680_910_336  # 256384 x 4096 + 24 x (4 x 4096^2 + 3 x 4096 x 10240 + 2 x 4096 + 32 x 64) + 4096
-COGVIDEOX_VAE = 215_583_907  # as the table of zai-org/CogVideoX-2b's components that has its transformer's number lists it
+COGVIDEOX_VAE = (
+    215_583_907  # as the table of zai-org/CogVideoX-2b's components that has its transformer's number lists it
+)
 WAN_VAE = 126_892_531  # counted by who trains with Wan2.1_VAE frozen
 
 COUNTS: Mapping[str, Mapping[str, int]] = {
@@ -280,7 +282,9 @@ def test_every_config_of_a_full_size_says_where_it_was_read(name: str) -> None:
     assert {part for part, source in sources.items() if source.count(": ") != 1 or "/" not in source} == set()
 
 
-@pytest.mark.parametrize("family", [f for f in registry.families.values() if f.full_sizes], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [f for f in registry.families.values() if f.full_sizes], ids=lambda family: family.name
+)
 def test_a_replica_and_its_full_sizes_have_the_same_classes_and_stand_for_the_same_hub_ids(family: Family) -> None:
     assert {full.hub_id for full in family.full_sizes} <= set(family.hub_ids)
     replica = family.build(None)
