@@ -307,6 +307,16 @@ def test_a_repository_of_one_component_is_known_but_is_no_pipeline(
     )
 
 
+def test_the_guide_lists_every_replica_with_its_size_and_hub_ids() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    for made in families().values():
+        height, width, *frames = made.default_size
+        size = f"{height}×{width}" + "".join(f", {number} frames" for number in frames)
+        ids = ", ".join(f"`{hub_id}`" for hub_id in made.hub_ids)
+        assert f"| `{made.name}` | {size} | {ids} |" in guide
+        assert [alone.hub_id for alone in made.component_repositories if f"`{alone.hub_id}`" not in guide] == []
+
+
 def family(**changes: Any) -> Family:
     fields: dict[str, Any] = {"hub_ids": ("o/a",), "components": ("unet", "vae"), "pipeline_class": "P"}
     return Family("tiny-mine", **{**fields, "default_size": (8, 8), "build": lambda hub_id: None, **changes})
