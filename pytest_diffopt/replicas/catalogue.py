@@ -10,6 +10,7 @@ from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas import (
     cogvideox,
     flux,
+    hunyuan_video,
     ltx_video,
     qwen_image,
     stable_diffusion,
@@ -130,6 +131,7 @@ registry = Registry(
     wan.FAMILY,
     ltx_video.FAMILY,
     cogvideox.FAMILY,
+    hunyuan_video.FAMILY,
     qwen_image.FAMILY,
 )
 """The families and full sizes that recipes, pages and forecasts resolve to."""

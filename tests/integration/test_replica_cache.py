@@ -231,7 +231,7 @@ def test_a_family_that_is_not_what_it_says_is_not_cached(
     assert list(building(tmp_path).iterdir()) == []
 
 
-VIDEO = ("WanPipeline", "LTXPipeline", "CogVideoXPipeline")
+VIDEO = ("WanPipeline", "LTXPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline")
 
 
 def modules(pipeline: Any) -> dict[str, torch.nn.Module]:
@@ -303,6 +303,7 @@ def test_wan_loads_in_bfloat16_but_for_what_its_class_keeps_in_float32() -> None
         ("tiny-sdxl", "unet", 1),
         ("tiny-wan", "transformer", 1),
         ("tiny-ltx", "transformer", 1),
+        ("tiny-hunyuanvideo", "transformer", 2),
         ("tiny-qwen-image", "transformer", 1),
     ],
 )
@@ -363,6 +364,7 @@ T5_KEPT = {f"text_encoder.encoder.block.{i}.layer.1.DenseReluDense.wo" for i in 
         ),
         ("tiny-ltx", ["transformer", "text_encoder"], T5_KEPT),
         ("tiny-cogvideox", ["transformer", "text_encoder"], T5_KEPT),
+        ("tiny-hunyuanvideo", ["transformer", "text_encoder"], set()),
         # transformers keeps the last layer of what generates text.
         ("tiny-qwen-image", ["transformer", "text_encoder"], {"text_encoder.lm_head"}),
     ],

@@ -84,6 +84,15 @@ COGVIDEOX = {
     "transformer": "diffusers.CogVideoXTransformer3DModel",
     "vae": "diffusers.AutoencoderKLCogVideoX",
 }
+HUNYUAN_VIDEO = {
+    "scheduler": EULER,
+    "text_encoder": "transformers.LlamaModel",
+    "text_encoder_2": CLIP,
+    "tokenizer": "transformers.LlamaTokenizerFast",
+    "tokenizer_2": "transformers.CLIPTokenizer",
+    "transformer": "diffusers.HunyuanVideoTransformer3DModel",
+    "vae": "diffusers.AutoencoderKLHunyuanVideo",
+}
 QWEN_IMAGE = {
     "scheduler": EULER,
     "text_encoder": "transformers.Qwen2_5_VLForConditionalGeneration",
@@ -110,6 +119,7 @@ PUBLIC_INDEXES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "Lightricks/LTX-Video": ("LTXPipeline", LTX),
     "THUDM/CogVideoX-2b": ("CogVideoXPipeline", COGVIDEOX),
     "THUDM/CogVideoX-5b": ("CogVideoXPipeline", COGVIDEOX),
+    "hunyuanvideo-community/HunyuanVideo": ("HunyuanVideoPipeline", HUNYUAN_VIDEO),
     "Qwen/Qwen-Image": ("QwenImagePipeline", QWEN_IMAGE),
 }
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,17 @@ def test_the_prompt_around_a_users_makes_as_many_tokens_as_qwen_image_cuts_off()
     before, after = pipeline.prompt_template_encode.split("{}")
     assert len(tokenizer(before).input_ids) == pipeline.prompt_template_encode_start_idx == 34
     assert len(tokenizer(after).input_ids) == 5
+
+
+def test_the_prompt_around_a_users_makes_as_many_tokens_as_hunyuan_video_cuts_off() -> None:
+    template = import_module("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video").DEFAULT_PROMPT_TEMPLATE
+    tokenizer = tokenizers.llama_tokenizer()
+    before, after = template["template"].split("{}")
+    cut = len(tokenizer(before).input_ids)
+    assert cut == template["crop_start"] == 95
+    ids = tokenizer(f"{before}A cat, 7 Äpfel 猫!{after}").input_ids
+    assert tokenizer.decode(ids[cut:]) == "A cat, 7 Äpfel 猫!<|eot_id|>"
+    assert len(ids[cut:]) < 20
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from pytest_diffopt.replicas import (
     families,
     flux,
     hub_cache_environment,
+    hunyuan_video,
     known,
     ltx_video,
     qwen_image,
@@ -49,12 +50,13 @@ BUILDS = [
     (ltx_video.FAMILY, None),
     (cogvideox.FAMILY, cogvideox.SMALL),
     (cogvideox.FAMILY, None),
+    (hunyuan_video.FAMILY, None),
     (qwen_image.FAMILY, None),
 ]
 
 # Components' Linears whose outputs are no multiple of 128: patches of 2 x 2 latents of 16 channels, as in public.
 PATCHES = {"transformer.proj_out"}
-NARROW_OUTPUTS = {"tiny-wan": PATCHES, "tiny-sd3": PATCHES, "tiny-cogvideox": PATCHES}
+NARROW_OUTPUTS = {"tiny-wan": PATCHES, "tiny-sd3": PATCHES, "tiny-cogvideox": PATCHES, "tiny-hunyuanvideo": PATCHES}
 
 
 def family(name: str = "tiny-mine", hub_ids: tuple[str, ...] = ("my-org/my-model",), **changes: Any) -> Family:
