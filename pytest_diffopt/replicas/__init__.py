@@ -13,17 +13,19 @@ from pytest_diffopt.replicas.cache import ensure
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.checkpoint import write_checkpoint
 from pytest_diffopt.replicas.description import Architecture, Description, Published
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import ComponentRepository, Family, Variant
 from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve, resolve_full_size
 from pytest_diffopt.user_cache import cache_directory
 
 __all__ = [
     "Architecture",
+    "ComponentRepository",
     "Description",
     "Family",
     "Published",
     "Registry",
     "Resolved",
+    "Variant",
     "cache_directory",
     "ensure",
     "families",
@@ -48,5 +50,5 @@ def families() -> Mapping[str, Family]:
 
 
 def known(name: str) -> bool:
-    """Whether a replica has that name, or stands for that hub id, in any case."""
-    return registry.find(name) is not None
+    """Whether a replica has that name, or stands for that hub id, of a pipeline or of a component alone; in any case."""
+    return registry.find(name) is not None or registry.find_component(name) is not None

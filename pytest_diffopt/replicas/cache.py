@@ -4,7 +4,7 @@ Below the user's cache directory (``DIFFOPT_CACHE_DIR``, else ``$XDG_CACHE_HOME/
 ``~/.cache/pytest-diffopt``)::
 
     replicas/<key>/hub/models--org--name/refs/main            holds the commit
-    replicas/<key>/hub/models--org--name/snapshots/<commit>/  the pipeline, and a manifest of its files
+    replicas/<key>/hub/models--org--name/snapshots/<commit>/  the pipeline or the component, and a manifest of its files
     replicas/<key>/building/                                  what is not whole yet
 
 The key is a hash of the versions of the libraries that build and load a replica; the commit is a hash of the family's
@@ -20,17 +20,23 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas.catalogue import Registry, registry
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import ComponentRepository, Family
 from pytest_diffopt.replicas.initialization import reproducible
 from pytest_diffopt.user_cache import cache_directory
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "diffopt-manifest.json"
+
+# Of a pipeline, and of a component alone: what their folder cannot be without.
+_ROOTS = ("model_index.json", "config.json")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub")
 _ABANDONED_SECONDS = 3600.0
@@ -47,16 +53,19 @@ def ensure(name_or_hub_id: str, *, registry: Registry = registry) -> Path:
     Processes may call it at once. The random state, default dtype and default device are left as they are.
 
     Args:
-        name_or_hub_id: a family's name (``"tiny-flux"``) or a public id that it stands for, in any case.
+        name_or_hub_id: a family's name (``"tiny-flux"``) or a public id that it stands for, of a pipeline or of a
+            component alone, in any case.
         registry: where to look the family up.
 
     Raises:
         ReplicaError: no family is called so, its builder failed, or the cache cannot be written.
     """
     family = registry.find(name_or_hub_id)
-    if family is None:
-        raise ReplicaError(f"No replica stands for {name_or_hub_id!r}; there are {', '.join(registry.families)}.")
-    return ensure_family(family, family.canonical(name_or_hub_id) or family.repository)
+    if family is not None:
+        return ensure_family(family, family.canonical(name_or_hub_id) or family.repository)
+    if alone := registry.find_component(name_or_hub_id):
+        return ensure_component(*alone)
+    raise ReplicaError(f"No replica stands for {name_or_hub_id!r}; there are {', '.join(registry.families)}.")
 
 
 def ensure_family(family: Family, hub_id: str, *, spelling: str | None = None) -> Path:
@@ -67,12 +76,21 @@ def ensure_family(family: Family, hub_id: str, *, spelling: str | None = None) -
     Raises:
         ReplicaError: as :func:`ensure`.
     """
-    repository = hub_directory() / f"models--{(spelling or hub_id).replace('/', '--')}"
+    return _ensure(family, hub_id, spelling or hub_id, partial(_save, family, hub_id))
+
+
+def ensure_component(family: Family, alone: ComponentRepository, *, spelling: str | None = None) -> Path:
+    """As :func:`ensure_family`, of a repository that holds one component of the family at its root."""
+    return _ensure(family, alone.hub_id, spelling or alone.hub_id, partial(_save_component, family, alone))
+
+
+def _ensure(family: Family, hub_id: str, spelling: str, save: Callable[[Path], None]) -> Path:
+    repository = hub_directory() / f"models--{spelling.replace('/', '--')}"
     commit = family.source_hash()
     snapshot = repository / "snapshots" / commit
     try:
         if not is_whole(snapshot):
-            _build(family, hub_id, snapshot)
+            _build(family, hub_id, snapshot, save)
         _point_main_at(repository, commit)
     except OSError as error:
         raise ReplicaError(
@@ -86,7 +104,9 @@ def is_whole(snapshot: Path) -> bool:
     """Whether ``snapshot`` holds every file of its manifest, in the size written there."""
     try:
         files = json.loads((snapshot / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return "model_index.json" in files and all((snapshot / n).stat().st_size == size for n, size in files.items())
+        return any(root in files for root in _ROOTS) and all(
+            (snapshot / n).stat().st_size == size for n, size in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -102,7 +122,7 @@ def _version_directory() -> Path:
     return cache_directory() / "replicas" / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _build(family: Family, hub_id: str, snapshot: Path) -> None:
+def _build(family: Family, hub_id: str, snapshot: Path, save: Callable[[Path], None]) -> None:
     building = _version_directory() / "building"
     building.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(building)
@@ -111,21 +131,26 @@ def _build(family: Family, hub_id: str, snapshot: Path) -> None:
     workplace = building / _unique(family.name)
     workplace.mkdir()
     try:
-        _save(family, hub_id, workplace)
+        save(workplace)
         _write_manifest(family, hub_id, workplace)
         _move_in(workplace, snapshot)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
+def _built(family: Family, hub_id: str | None) -> Any:
+    try:
+        with reproducible():
+            return family.build(hub_id)
+    except Exception as error:
+        raise ReplicaError(f"{family.name}: its builder raised {type(error).__name__}: {error}") from error
+
+
 def _save(family: Family, hub_id: str, directory: Path) -> None:
     import torch
 
-    try:
-        with reproducible():
-            pipeline = family.build(None if hub_id == family.repository else hub_id)
-    except Exception as error:
-        raise ReplicaError(f"{family.name}: its builder raised {type(error).__name__}: {error}") from error
+    own = hub_id == family.repository
+    pipeline = _built(family, None if own else hub_id)
     modules = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     if modules != set(family.components):
         raise ReplicaError(
@@ -137,6 +162,26 @@ def _save(family: Family, hub_id: str, directory: Path) -> None:
             f"{family.name}: built a {type(pipeline).__name__}; the family names {family.pipeline_class}."
         )
     pipeline.save_pretrained(directory, safe_serialization=True)
+    for variant in family.variants:
+        if own or hub_id in variant.hub_ids:
+            for component in variant.components:
+                _name_again(directory / component, variant.name)
+
+
+def _save_component(family: Family, alone: ComponentRepository, directory: Path) -> None:
+    component = _built(family, None).components[alone.component]
+    if alone.config:
+        component.register_to_config(**alone.config)
+    component.save_pretrained(directory, safe_serialization=True)
+
+
+def _name_again(folder: Path, variant: str) -> None:
+    for weights in sorted(folder.glob("*.safetensors")):
+        second = weights.with_suffix(f".{variant}.safetensors")
+        try:
+            os.link(weights, second)
+        except OSError:  # a file system without links
+            shutil.copyfile(weights, second)
 
 
 def _write_manifest(family: Family, hub_id: str, directory: Path) -> None:

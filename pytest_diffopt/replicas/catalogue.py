@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.replicas import (
+    cogvideox,
     flux,
+    hunyuan_video,
     ltx_video,
     qwen_image,
     stable_diffusion,
@@ -17,7 +19,7 @@ from pytest_diffopt.replicas import (
     wan,
 )
 from pytest_diffopt.replicas.description import Description
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import ComponentRepository, Family
 
 
 class Registry:
@@ -39,8 +41,9 @@ class Registry:
         """
         if self._families.get(family.name) == family:
             return
-        for known in (family.name, *family.hub_ids):
-            owner = self.find(known)
+        alone = [repository.hub_id for repository in family.component_repositories]
+        for known in (family.name, *family.hub_ids, *alone):
+            owner = self.find(known) or next((owner for owner, _ in self._alone(known)), None)
             if owner is not None:
                 raise ReplicaError(f"{family.name}: {known!r} is taken by the replica family {owner.name}.")
         for description in family.full_sizes:
@@ -73,6 +76,10 @@ class Registry:
         families = self._families.values()
         return next((family for family in families if family.canonical(name_or_hub_id) is not None), None)
 
+    def find_component(self, hub_id: str) -> tuple[Family, ComponentRepository] | None:
+        """The family that has a repository of a single component under ``hub_id``, in any case, and that; or None."""
+        return next(self._alone(hub_id), None)
+
     def find_full_size(self, name_or_hub_id: str) -> Description | None:
         """The full size of that name or hub id, in any case, or None."""
         wanted = name_or_hub_id.casefold()
@@ -95,6 +102,12 @@ class Registry:
             f"and their hub ids."
         )
 
+    def _alone(self, hub_id: str) -> Iterator[tuple[Family, ComponentRepository]]:
+        for family in self._families.values():
+            repository = family.component_repository(hub_id)
+            if repository is not None:
+                yield family, repository
+
     def _check_full_size(self, description: Description) -> None:
         if not description.name or "/" in description.name:
             raise ReplicaError(
@@ -113,12 +126,12 @@ def _names(description: Description) -> tuple[str, ...]:
 registry = Registry(
     flux.FAMILY,
     stable_diffusion.FAMILY,
+    stable_diffusion_xl.FAMILY,
+    stable_diffusion_3.FAMILY,
     wan.FAMILY,
-    full_sizes=(
-        *stable_diffusion_xl.FULL_SIZES,
-        *stable_diffusion_3.FULL_SIZES,
-        *ltx_video.FULL_SIZES,
-        *qwen_image.FULL_SIZES,
-    ),
+    ltx_video.FAMILY,
+    cogvideox.FAMILY,
+    hunyuan_video.FAMILY,
+    qwen_image.FAMILY,
 )
 """The families and full sizes that recipes, pages and forecasts resolve to."""

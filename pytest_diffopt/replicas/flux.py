@@ -151,7 +151,7 @@ def build(hub_id: str | None = None) -> Any:
 
 FAMILY = Family(
     name="tiny-flux",
-    hub_ids=(DEV, SCHNELL),
+    hub_ids=(DEV, SCHNELL, "black-forest-labs/FLUX.1-Krea-dev"),
     components=("text_encoder", "text_encoder_2", "transformer", "vae"),
     pipeline_class=ARCHITECTURE.pipeline_class,
     default_size=(96, 96),

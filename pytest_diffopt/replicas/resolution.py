@@ -92,13 +92,17 @@ def hub_cache_environment(ids: Iterable[str], *, registry: Registry = registry) 
     """The environment in which a fresh process finds replicas under these hub ids, spelled as they are here.
 
     ``DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")`` then loads the replica, with no patch and no
-    network; any other id raises. Set it before huggingface_hub is imported; it hides the machine's own hub cache.
+    network, ``AutoencoderKL.from_pretrained("madebyollin/sdxl-vae-fp16-fix")`` a component; any other id raises. Set it
+    before huggingface_hub is imported; it hides the machine's own hub cache.
 
     Raises:
         ReplicaError: no replica stands for one of the ids, or it cannot be built.
     """
     for hub_id in ids:
         family = registry.find(hub_id)
+        if family is None and (alone := registry.find_component(hub_id)):
+            cache.ensure_component(*alone, spelling=hub_id)
+            continue
         if family is None:
             raise ReplicaError(f"No replica stands for {hub_id!r}. {_known(hub_id, registry)}")
         canonical = family.canonical(hub_id) or family.repository
@@ -135,6 +139,9 @@ def _known(wanted: str, registry: Registry) -> str:
 
 
 def _unknown(pipeline: str, registry: Registry) -> str:
+    if alone := registry.find_component(pipeline):
+        family, repository = alone
+        return f"{pipeline!r} is no pipeline but a component alone, the {repository.component} of {family.name}."
     if is_hub_id(pipeline):
         what = f"{pipeline!r} is no replica, no local directory, and not in the hub's cache on this machine."
         return f"{what} {_known(pipeline, registry)} To download it, run with --diffopt-hub (or pass allow_hub=True)."

@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_diffopt.replicas import description, initialization, text_encoders, tokenizers
 from pytest_diffopt.replicas.description import Architecture, Description
-from pytest_diffopt.replicas.family import Family
+from pytest_diffopt.replicas.family import ComponentRepository, Family, Variant
 
 ARCHITECTURE = Architecture(
     pipeline_class="StableDiffusionPipeline",
@@ -83,17 +83,20 @@ def build(hub_id: str | None = None) -> Any:
         return description.build_pipeline(tiny, components)
 
 
+V1_5 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")
+
 FAMILY = Family(
     name="tiny-sd",
-    hub_ids=(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "runwayml/stable-diffusion-v1-5",
-        "CompVis/stable-diffusion-v1-4",
-    ),
+    hub_ids=(*V1_5, "CompVis/stable-diffusion-v1-4"),
     components=("text_encoder", "unet", "vae"),
     pipeline_class=ARCHITECTURE.pipeline_class,
     default_size=(96, 96),
     build=build,
     sources=(initialization.__file__, text_encoders.__file__, tokenizers.__file__, description.__file__),
     notes="A UNet of two levels of width 128; DDIM where the public repositories have PNDM; no safety checker.",
+    variants=(Variant("fp16", V1_5, ("text_encoder", "unet", "vae")),),
+    component_repositories=(
+        ComponentRepository("stabilityai/sd-vae-ft-ema", "vae"),
+        ComponentRepository("stabilityai/sd-vae-ft-mse", "vae"),
+    ),
 )

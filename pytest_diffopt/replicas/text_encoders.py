@@ -101,13 +101,13 @@ def tiny_t5(width: int = 256) -> dict[str, Any]:
     }
 
 
-def enliven(encoder: Any) -> None:
-    """Random weights for a replica's text encoder, in place.
+def enliven(encoder: Any, *, seed: int = 0) -> None:
+    """Random weights for a replica's text encoder, in place; encoders of one shape and one ``seed`` get the same.
 
     T5's are kept as transformers draws them from the global generator: they allow for T5's unscaled attention.
     """
     if encoder.config.model_type not in ("t5", "umt5"):
-        initialization.randomize(encoder)
+        initialization.randomize(encoder, seed=seed)
         return
     # Most of a prompt's 512 tokens are padding: with nothing of its own, it carries what it attends to, the prompt.
     encoder.shared.weight.data[encoder.config.pad_token_id] = 0

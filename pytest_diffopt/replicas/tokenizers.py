@@ -15,6 +15,49 @@ _QWEN_WORDS = (
     *("Ġtexture", "Ġquantity", "Ġtext", "Ġspatial", "Ġrelationships", "Ġof", "Ġobjects", "Ġand", "Ġbackground"),
 )
 
+# Those around a prompt for HunyuanVideoPipeline, which cuts off 95 tokens: with the space before them, but for the first ones.
+_LLAMA_WORDS = (
+    *(
+        "▁the",
+        "▁video",
+        "▁by",
+        "▁detailing",
+        "▁following",
+        "▁aspects",
+        "▁The",
+        "▁main",
+        "▁content",
+        "▁and",
+        "▁theme",
+        "▁of",
+    ),
+    *(
+        "▁color",
+        "▁shape",
+        "▁size",
+        "▁texture",
+        "▁quantity",
+        "▁text",
+        "▁spatial",
+        "▁relationships",
+        "▁objects",
+        "▁events",
+    ),
+    *(
+        "▁behaviors",
+        "▁temporal",
+        "▁physical",
+        "▁movement",
+        "▁changes",
+        "▁background",
+        "▁environment",
+        "▁light",
+        "▁style",
+    ),
+    *("▁atmosphere", "▁camera", "▁angles", "▁movements", "▁transitions", "▁used", "▁in", "▁Actions", "▁1"),
+    *("system", "user", "Describe"),
+)
+
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     from tokenizers.pre_tokenizers import ByteLevel
@@ -42,6 +85,14 @@ def _qwen2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     merges = list(dict.fromkeys([*grown, *pairs]))
     tokens = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
     return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _llama_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    # Words with their space come first: they are whole before a shorter one could take letters out of them.
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in _LLAMA_WORDS for end in range(1, len(word))))
+    merges += [pair for pair in ((a, b) for a in ascii_lowercase for b in ascii_lowercase) if pair not in set(merges)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    return {token: index for index, token in enumerate(dict.fromkeys([*tokens, *(a + b for a, b in merges)]))}, merges
 
 
 def clip_tokenizer(max_length: int = 77) -> Any:
@@ -81,11 +132,39 @@ def qwen2_tokenizer(max_length: int = 131072) -> Any:
     )
 
 
+def qwen2_vocabulary_size() -> int:
+    """Number of tokens of :func:`qwen2_tokenizer`, special ones included: a text encoder's ``vocab_size``."""
+    return len(qwen2_tokenizer())
+
+
+def llama_tokenizer(max_length: int = 256) -> Any:
+    """A ``LlamaTokenizerFast`` of bytes, pairs of letters and the words that ``HunyuanVideoPipeline`` puts around a prompt.
+
+    Those words make as many tokens as in public; a prompt makes up to about three times as many.
+    """
+    vocabulary, merges = _llama_vocabulary()
+    return import_module("transformers").LlamaTokenizerFast(
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=max_length,
+        pad_token="</s>",
+        padding_side="right",
+        extra_special_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    )
+
+
+def llama_vocabulary_size() -> int:
+    """Number of tokens of :func:`llama_tokenizer`, special ones included: a text encoder's ``vocab_size``."""
+    return len(llama_tokenizer())
+
+
 _MAKERS: Mapping[str, Callable[..., Any]] = {
     "CLIPTokenizer": clip_tokenizer,
     "CLIPTokenizerFast": clip_tokenizer,
     "T5Tokenizer": t5_tokenizer,
     "T5TokenizerFast": t5_tokenizer,
+    "LlamaTokenizer": llama_tokenizer,
+    "LlamaTokenizerFast": llama_tokenizer,
     "Qwen2Tokenizer": qwen2_tokenizer,
     "Qwen2TokenizerFast": qwen2_tokenizer,
 }

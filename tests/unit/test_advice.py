@@ -28,6 +28,7 @@ from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.record import Forecast, PhaseForecast
 from pytest_diffopt.recipe import Offloading, Quantization, Recipe
 from pytest_diffopt.recipe_loading import load_recipes, loads_recipes
+from pytest_diffopt.replicas import Registry, stable_diffusion_xl
 from pytest_diffopt.report.advice import verdict
 from tests.made_forecasts import GIB, gib
 from tests.made_forecasts import of_the_guide as made
@@ -279,7 +280,11 @@ def test_every_broken_rung_is_a_known_fault_in_the_examples_and_none_is_climbed(
     assert set(BROKEN) <= set(combinations())
 
 
-def test_a_ladder_for_a_model_without_a_replica_names_the_model_itself(asked: Told) -> None:
+def test_a_ladder_for_a_model_without_a_replica_names_the_model_itself(
+    asked: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = Registry(full_sizes=stable_diffusion_xl.FULL_SIZES)
+    monkeypatch.setattr("pytest_diffopt.forecasting.advice.registry", without)
     advice = advise("sdxl", budget="80GiB")
     assert advice.rungs[0].recipe.pipeline == "stabilityai/stable-diffusion-xl-base-1.0"
 

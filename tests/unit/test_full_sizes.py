@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pytest_diffopt.replicas import (
     Family,
     Published,
     Registry,
+    cogvideox,
     flux,
     ltx_video,
     qwen_image,
@@ -58,6 +60,8 @@ NAMES = (
     "wan2.1-t2v-1.3b",
     "wan2.1-t2v-14b",
     "ltx-video",
+    "cogvideox-2b",
+    "cogvideox-5b",
     "qwen-image",
 )
 
@@ -72,6 +76,9 @@ CLIP_G = 694_659_840  # with its projection, as benchmarks of Stable Diffusion 3
 VAE_4 = 83_653_863  # as Stable Diffusion's cards count it
 VAE_16 = VAE_4 + 9 * 512 * (12 + 24) + 24 - (8 * 8 + 8) - (4 * 4 + 4)  # 12 latent channels more, no quant_conv
 UMT5_XXL = 5_680_910_336  # 256384 x 4096 + 24 x (4 x 4096^2 + 3 x 4096 x 10240 + 2 x 4096 + 32 x 64) + 4096
+COGVIDEOX_VAE = (
+    215_583_907  # as the table of zai-org/CogVideoX-2b's components that has its transformer's number lists it
+)
 WAN_VAE = 126_892_531  # counted by who trains with Wan2.1_VAE frozen
 
 COUNTS: Mapping[str, Mapping[str, int]] = {
@@ -85,6 +92,10 @@ COUNTS: Mapping[str, Mapping[str, int]] = {
     "wan2.1-t2v-14b": {"transformer": 14_288_491_584, "vae": WAN_VAE, "text_encoder": UMT5_XXL},
     # 1923385472: a-r-r-o-w/finetrainers, docs/training/ltx_video.md, "trainable parameters" of a full finetuning
     "ltx-video": {"transformer": 1_923_385_472, "text_encoder": T5_XXL},
+    # 1693783872: the same table
+    "cogvideox-2b": {"transformer": 1_693_783_872, "vae": COGVIDEOX_VAE, "text_encoder": T5_XXL},
+    # 5570283072: a-r-r-o-w/finetrainers, docs/training/cogvideox.md, "trainable parameters" of a full finetuning
+    "cogvideox-5b": {"transformer": 5_570_283_072, "vae": COGVIDEOX_VAE, "text_encoder": T5_XXL},
     # 20430401088: Qwen/Qwen-Image-2512, as the same tables do; 8292166656: the hub's number of Qwen/Qwen2.5-VL-7B-Instruct
     "qwen-image": {"transformer": 20_430_401_088, "vae": WAN_VAE, "text_encoder": 8_292_166_656},
     "sd3.5-medium": {
@@ -164,6 +175,11 @@ def small(family: str) -> Description:
         }
         vae = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
         return sized(wan.ARCHITECTURE, transformer=transformer, vae=vae, text_encoder=t5)
+    if family == "cogvideox":
+        transformer = {"num_attention_heads": 1, "num_layers": 1, "time_embed_dim": 16, "text_embed_dim": 128}
+        transformer |= {"sample_width": 4, "sample_height": 4, "sample_frames": 5}
+        vae = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+        return sized(cogvideox.ARCHITECTURE, transformer=transformer, vae=vae, text_encoder=t5)
     if family == "ltx":
         transformer = {"in_channels": 8, "out_channels": 8, "attention_head_dim": 8, "num_attention_heads": 2}
         transformer |= {"num_layers": 1, "cross_attention_dim": 16, "caption_channels": 128}
@@ -186,7 +202,7 @@ def small(family: str) -> Description:
     )
 
 
-FAMILIES = ("flux", "sd", "sdxl", "sd3", "wan", "ltx", "qwen")
+FAMILIES = ("flux", "sd", "sdxl", "sd3", "wan", "ltx", "cogvideox", "qwen")
 
 
 def files_of(directory: Path) -> dict[str, Path]:
@@ -267,9 +283,11 @@ def test_every_config_of_a_full_size_says_where_it_was_read(name: str) -> None:
     assert {part for part, source in sources.items() if source.count(": ") != 1 or "/" not in source} == set()
 
 
-@pytest.mark.parametrize("family", [flux.FAMILY, wan.FAMILY], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [f for f in registry.families.values() if f.full_sizes], ids=lambda family: family.name
+)
 def test_a_replica_and_its_full_sizes_have_the_same_classes_and_stand_for_the_same_hub_ids(family: Family) -> None:
-    assert tuple(full.hub_id for full in family.full_sizes) == family.hub_ids
+    assert {full.hub_id for full in family.full_sizes} <= set(family.hub_ids)
     replica = family.build(None)
     for full in family.full_sizes:
         assert full.pipeline_class == type(replica).__name__
@@ -304,6 +322,17 @@ def test_the_prompt_around_a_users_makes_as_many_tokens_as_qwen_image_cuts_off()
     before, after = pipeline.prompt_template_encode.split("{}")
     assert len(tokenizer(before).input_ids) == pipeline.prompt_template_encode_start_idx == 34
     assert len(tokenizer(after).input_ids) == 5
+
+
+def test_the_prompt_around_a_users_makes_as_many_tokens_as_hunyuan_video_cuts_off() -> None:
+    template = import_module("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video").DEFAULT_PROMPT_TEMPLATE
+    tokenizer = tokenizers.llama_tokenizer()
+    before, after = template["template"].split("{}")
+    cut = len(tokenizer(before).input_ids)
+    assert cut == template["crop_start"] == 95
+    ids = tokenizer(f"{before}A cat, 7 Äpfel 猫!{after}").input_ids
+    assert tokenizer.decode(ids[cut:]) == "A cat, 7 Äpfel 猫!<|eot_id|>"
+    assert len(ids[cut:]) < 20
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -508,7 +537,8 @@ def test_an_unknown_full_size_is_refused_with_the_nearest_and_all_names() -> Non
         resolve_full_size("flux-dev")
     assert str(raised.value) == (
         "No full-size model is called 'flux-dev'. Did you mean 'flux.1-dev'? There are flux.1-dev, flux.1-schnell, "
-        "wan2.1-t2v-1.3b, wan2.1-t2v-14b, sdxl, sd3.5-medium, sd3.5-large, ltx-video, qwen-image, and their hub ids."
+        "sdxl, sd3.5-medium, sd3.5-large, wan2.1-t2v-1.3b, wan2.1-t2v-14b, ltx-video, cogvideox-2b, cogvideox-5b, "
+        "qwen-image, and their hub ids."
     )
 
 

@@ -18,23 +18,45 @@ from pytest_diffopt.replicas import (
     Family,
     Registry,
     cache_directory,
+    cogvideox,
     ensure,
     families,
     flux,
     hub_cache_environment,
+    hunyuan_video,
     known,
+    ltx_video,
+    qwen_image,
     register,
     resolve,
     stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
     tokenizers,
     wan,
 )
 from pytest_diffopt.replicas.initialization import randomize, reproducible
 
-BUILDS = [(flux.FAMILY, flux.DEV), (flux.FAMILY, flux.SCHNELL), (stable_diffusion.FAMILY, None), (wan.FAMILY, None)]
+BUILDS = [
+    (flux.FAMILY, flux.DEV),
+    (flux.FAMILY, flux.SCHNELL),
+    (stable_diffusion.FAMILY, None),
+    (stable_diffusion_xl.FAMILY, None),
+    (stable_diffusion_xl.FAMILY, stable_diffusion_xl.TURBO),
+    (stable_diffusion_3.FAMILY, stable_diffusion_3.MEDIUM_3),
+    (stable_diffusion_3.FAMILY, stable_diffusion_3.MEDIUM),
+    (stable_diffusion_3.FAMILY, None),
+    (wan.FAMILY, None),
+    (ltx_video.FAMILY, None),
+    (cogvideox.FAMILY, cogvideox.SMALL),
+    (cogvideox.FAMILY, None),
+    (hunyuan_video.FAMILY, None),
+    (qwen_image.FAMILY, None),
+]
 
-# Components' Linears whose outputs are no multiple of 128: Wan's patches of 2 x 2 pixels of 16 channels, as in public.
-NARROW_OUTPUTS = {"tiny-wan": {"transformer.proj_out"}}
+# Components' Linears whose outputs are no multiple of 128: patches of 2 x 2 latents of 16 channels, as in public.
+PATCHES = {"transformer.proj_out"}
+NARROW_OUTPUTS = {"tiny-wan": PATCHES, "tiny-sd3": PATCHES, "tiny-cogvideox": PATCHES, "tiny-hunyuanvideo": PATCHES}
 
 
 def family(name: str = "tiny-mine", hub_ids: tuple[str, ...] = ("my-org/my-model",), **changes: Any) -> Family:
@@ -103,7 +125,7 @@ def test_every_linear_has_sizes_that_quantization_backends_take(built: tuple[Fam
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    assert len(linears) >= 50
+    assert len(linears) >= 40
     assert {name: layer.in_features for name, layer in linears.items() if layer.in_features % 128} == {}
     narrow = {name for name, layer in linears.items() if layer.out_features % 128}
     assert narrow == NARROW_OUTPUTS.get(built[0].name, set())
@@ -164,11 +186,13 @@ def test_bfloat16_stays_near_float32_so_that_parity_can_see_faults(built: tuple[
     assert 0 < change(rounded, precise) < 2e-2
 
 
-def test_one_step_and_a_size_that_is_not_square_work(built: tuple[Family, Any]) -> None:
+def test_few_steps_and_a_size_that_is_not_square_work(built: tuple[Family, Any]) -> None:
     made, pipeline = built
-    size = (64, 112, 9)[: len(made.default_size)]
+    size = (64, 128, 9)[: len(made.default_size)]
     arguments = dict(zip(("height", "width", "num_frames"), size, strict=False))
-    assert run(made, pipeline, num_inference_steps=1, **arguments).shape == shape(*size)
+    # A schedule that ends where it was told to cannot be of one step: in public, too, it gives nothing but NaN.
+    steps = 2 if "shift_terminal" in pipeline.scheduler.config and pipeline.scheduler.config.shift_terminal else 1
+    assert run(made, pipeline, num_inference_steps=steps, **arguments).shape == shape(*size)
 
 
 def test_the_frames_of_a_video_differ_and_a_longer_one_goes_on_to_the_largest_size() -> None:
