@@ -18,7 +18,7 @@ from pytest_diffopt.preparation.attention import attention_of
 from pytest_diffopt.preparation.pipeline import prepared
 from pytest_diffopt.replicas import ensure
 
-CALL = Call(num_inference_steps=1, kwargs={"max_sequence_length": 32})
+CALL = Call(num_inference_steps=1, sizes=(32, 32), kwargs={"max_sequence_length": 32})
 
 
 @pytest.fixture(scope="module")

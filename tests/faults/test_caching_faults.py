@@ -17,7 +17,7 @@ from pytest_diffopt.preparation.caching import cache_hooks, caching_of
 from pytest_diffopt.preparation.pipeline import prepared
 from pytest_diffopt.replicas import ensure
 
-CALL = Call(num_inference_steps=4, kwargs={"max_sequence_length": 32})
+CALL = Call(num_inference_steps=4, sizes=(32, 32), kwargs={"max_sequence_length": 32})
 ALWAYS = {"spatial_attention_timestep_skip_range": (-1, 1001)}
 TAYLOR = Caching("transformer", "taylorseer_cache", {"cache_interval": 2, "disable_cache_before_step": 1})
 
