@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe
-    from pytest_diffopt.recipe import Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
+    from pytest_diffopt.recipe import Caching, Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
     from pytest_diffopt.recipe_loading import load_recipes
 
     __version__: str
 
 _HOMES = {
     "Advice": "pytest_diffopt.forecasting.advice",
+    "Caching": "pytest_diffopt.denoising",
     "Call": "pytest_diffopt.recipe",
     "Compilation": "pytest_diffopt.recipe",
     "Contract": "pytest_diffopt.contract",
@@ -50,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "Advice",
+    "Caching",
     "Call",
     "Compilation",
     "Contract",

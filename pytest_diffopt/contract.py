@@ -102,6 +102,15 @@ class CompiledPart(Protocol):
 # Where accelerate's and diffusers' offloading hooks break the graph on purpose.
 OFFLOADING_HOOK_FILES = ("accelerate/hooks.py", "diffusers/hooks/hooks.py", "diffusers/hooks/group_offloading.py")
 
+# Where diffusers' caches decide, outside the graph, whether a step computes.
+CACHING_HOOK_FILES = (
+    "diffusers/hooks/hooks.py",
+    "diffusers/hooks/first_block_cache.py",
+    "diffusers/hooks/mag_cache.py",
+    "diffusers/hooks/taylorseer_cache.py",
+    "diffusers/hooks/sea_cache.py",
+)
+
 
 def derive(
     contract: Contract,
@@ -109,6 +118,7 @@ def derive(
     compilations: Sequence[CompiledPart],
     offloading: object | None,
     quantization: object | None = None,
+    caching: Sequence[object] = (),
 ) -> Limits:
     """The limits of a recipe with these parts; what the contract's author gave wins.
 
@@ -117,15 +127,18 @@ def derive(
         compilations: the recipe's; empty when nothing is compiled.
         offloading: the recipe's, or None. Hooks specialize the code that they wrap, so they need a longer warm-up.
         quantization: the recipe's, or None. Quantized layers set up their state in their first forward: the same.
+        caching: the recipe's. Hooks too, and code that is first run where a step is reused.
     """
     offloaded = offloading is not None
+    hooked = offloaded or bool(caching)
+    hooks = (OFFLOADING_HOOK_FILES if offloaded else ()) + (CACHING_HOOK_FILES if caching else ())
     per_code: int | None = None
-    if contract.max_recompiles is None and not offloaded:
+    if contract.max_recompiles is None and not hooked:
         per_code = 1 if compilations else 0  # Dynamo recompiles once to make a shape dynamic
     return Limits(
         max_graph_breaks=_given(contract.max_graph_breaks, 0),
-        allowed_break_files=_given(contract.allowed_break_files, OFFLOADING_HOOK_FILES if offloaded else ()),
-        warmup_calls=_given(contract.warmup_calls, 2 if offloaded or quantization is not None else 1),
+        allowed_break_files=_given(contract.allowed_break_files, tuple(dict.fromkeys(hooks))),
+        warmup_calls=_given(contract.warmup_calls, 2 if hooked or quantization is not None else 1),
         max_recompiles=contract.max_recompiles,
         max_recompiles_after_warmup=_given(contract.max_recompiles_after_warmup, _given(contract.max_recompiles, 0)),
         recompiles_per_code=per_code,

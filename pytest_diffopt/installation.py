@@ -49,6 +49,8 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
             mistakes += _backend_mistakes(location, compilation.backend)
     if torch_installed and recipe.dynamo:
         mistakes += _dynamo_mistakes(recipe.dynamo)
+    if recipe.attention is not None and importlib.util.find_spec("diffusers") is not None:
+        mistakes += _attention_mistakes(recipe.attention)
     if recipe.forecast is not None:
         mistakes += _forecast_mistakes(recipe, recipe.forecast, allow_hub)
     return [Problem(f"{prefix}.{path_of(m.location)}", m.found, m.allowed) for m in mistakes]
@@ -72,6 +74,11 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
         named.append((("quantization", "components"), recipe.quantization.components or ()))
     for index, compilation in enumerate(recipe.compilation):
         named.append(((*_compilation_at(recipe, index), "component"), (compilation.component,)))
+    if isinstance(recipe.attention, Mapping):
+        named.append((("attention",), recipe.attention))
+    for index, caching in enumerate(recipe.caching):
+        at = ("caching",) if len(recipe.caching) == 1 else ("caching", index)
+        named.append(((*at, "component"), (caching.component,)))
     if recipe.offloading is not None:
         named.append((("offloading", "components"), recipe.offloading.components or ()))
     for location, names in named:
@@ -151,6 +158,23 @@ def _backend_mistakes(location: Location, backend: str) -> Iterator[Mistake]:
     if backend not in known:
         allowed = f"{did_you_mean(backend, known)}allowed: {', '.join(known)}, or 'package.module:function'"
         yield Mistake(location, repr(backend), allowed)
+
+
+def _attention_mistakes(attention: str | Mapping[str, str]) -> Iterator[Mistake]:
+    """Backends that diffusers knows, and whose package is not there: diffusers' own words say which."""
+    from diffusers.models import attention_dispatch
+
+    known = {name.value for name in attention_dispatch.AttentionBackendName}
+    named = attention if isinstance(attention, Mapping) else {"": attention}
+    for component, backend in named.items():
+        at = ("attention", component) if component else ("attention",)
+        if backend not in known:
+            yield Mistake(at, repr(backend), f"the installed diffusers has: {', '.join(sorted(known))}")
+            continue
+        try:
+            attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(backend))
+        except RuntimeError as error:
+            yield Mistake(at, repr(backend), str(error))
 
 
 def _dynamo_mistakes(settings: Mapping[str, DynamoValue]) -> Iterator[Mistake]:

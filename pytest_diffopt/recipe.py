@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, fi
 from pydantic.dataclasses import dataclass
 
 from pytest_diffopt.contract import Contract, Memory
+from pytest_diffopt.denoising import Caching, attention_backends, each_component_once
 from pytest_diffopt.errors import Problem, RecipeError
 from pytest_diffopt.part import (
     CONFIG,
@@ -52,7 +53,7 @@ from pytest_diffopt.references import UnresolvedReference, resolve_callable
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Call", "Compilation", "Contract", "ForecastBudget", "Offloading", "Quantization", "Recipe"]
+__all__ = ["Caching", "Call", "Compilation", "Contract", "ForecastBudget", "Offloading", "Quantization", "Recipe"]
 
 QuantizationBackend = Literal["bitsandbytes_4bit", "bitsandbytes_8bit"]
 Scope = Literal["module", "repeated_blocks"]
@@ -636,6 +637,8 @@ _FAULTY = (
     "graph_breaks",
     "recompiles",
     "quantization",
+    "attention",
+    "caching",
     "memory",
     "parity",
     "state",
@@ -673,7 +676,7 @@ def _tiling(value: object) -> object:
     return value
 
 
-def _compilations(value: object) -> object:
+def _parts(value: object) -> object:
     return () if value is None else value
 
 
@@ -700,6 +703,9 @@ class Recipe(Part):
         vae_tiling: the VAE works tile by tile, as after diffusers' ``vae.enable_tiling()``; a number is the side of a tile
             in pixels, in place of the VAE's own. A reference does as well, since tiles are blended.
         vae_slicing: the VAE works image by image, as after diffusers' ``vae.enable_slicing()``.
+        attention: the backend of diffusers' attention dispatcher, ``"_native_efficient"``: a table by component, or one
+            name for every component that can be told. None leaves it as it is.
+        caching: one, a list, or none. Approximate on purpose: a reference keeps it, and the attention backend too.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -712,7 +718,7 @@ class Recipe(Part):
     compilation: Annotated[
         tuple[Compilation, ...],
         one_or_many("a table, or a list of tables", (Compilation, Mapping)),
-        BeforeValidator(_compilations),
+        BeforeValidator(_parts),
     ] = ()
     offloading: Offloading | None = None
     dynamo: Annotated[Mapping[str, DynamoValue], PlainValidator(_dynamo)] = dataclasses.field(
@@ -727,6 +733,12 @@ class Recipe(Part):
     forecast: ForecastBudget | None = None
     vae_tiling: Annotated[bool | int, PlainValidator(_tiling)] = False
     vae_slicing: Bool = False
+    attention: Annotated[str | Mapping[str, str], PlainValidator(attention_backends)] | None = None
+    caching: Annotated[
+        tuple[Caching, ...],
+        one_or_many("a table, or a list of tables", (Caching, Mapping)),
+        BeforeValidator(_parts),
+    ] = ()
 
     if TYPE_CHECKING:
 
@@ -746,6 +758,8 @@ class Recipe(Part):
             forecast: ForecastBudget | Mapping[str, Any] | None = None,
             vae_tiling: bool | int = False,
             vae_slicing: bool = False,
+            attention: str | Mapping[str, str] | None = None,
+            caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
         ) -> None: ...
 
     @field_validator("compilation")
@@ -783,6 +797,11 @@ class Recipe(Part):
     def quantizations(self) -> tuple[Quantization, ...]:
         """Every quantization of it."""
         return () if self.quantization is None else (self.quantization,)
+
+    @field_validator("caching")
+    @classmethod
+    def _one_cache_a_component(cls, cachings: tuple[Caching, ...]) -> tuple[Caching, ...]:
+        return each_component_once(cachings)
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -852,8 +871,9 @@ class Recipe(Part):
         if mistakes:
             raise RecipeError(problems_of(mistakes), f"{self.name}.to_toml()")
         del fields["name"]
-        if len(self.compilation) == 1:
-            (fields["compilation"],) = fields["compilation"]
+        for part in ("compilation", "caching"):
+            if len(getattr(self, part)) == 1:
+                (fields[part],) = fields[part]
         return tomli_w.dumps({"recipe": {self.name: fields}})
 
 

@@ -29,6 +29,9 @@ else:
 
 __all__ = ["load_recipes", "loads_recipes"]
 
+_NEVER_MERGED = ("compilation", "caching", "attention")
+"""Parts that a table replaces as a whole: a list may stand there, or a single name."""
+
 _TABLE_KEYS = [
     "extends",
     "without",
@@ -186,8 +189,8 @@ def _own_mistakes(table: _TableOfRecipe, parents: list[_TableOfRecipe]) -> Itera
 
 
 def _is_written(location: Location, data: Any) -> bool:
-    if location[0] == "compilation":  # never merged
-        return "compilation" in data
+    if location[0] in _NEVER_MERGED:
+        return location[0] in data
     for step in location:
         if isinstance(data, Mapping):
             if step not in data:
@@ -203,7 +206,7 @@ def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], location: Locati
             merged.pop(OTHER_DYNAMO_NAME.get(key, ""), None)
         inherited = merged.get(key)
         mergeable = isinstance(value, Mapping) and isinstance(inherited, Mapping)
-        if mergeable and (*location, key) != ("compilation",):
+        if mergeable and not (location == () and key in _NEVER_MERGED):
             merged[key] = _merge(cast("Mapping[str, Any]", inherited), value, (*location, key))
         else:
             merged[key] = value

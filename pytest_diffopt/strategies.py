@@ -21,9 +21,29 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pytest_diffopt.recipe import ORDER, Call, Compilation, Contract, ForecastBudget, Offloading, Quantization, Recipe
+from pytest_diffopt.denoising import ATTENTION_BACKENDS
+from pytest_diffopt.recipe import (
+    ORDER,
+    Caching,
+    Call,
+    Compilation,
+    Contract,
+    ForecastBudget,
+    Offloading,
+    Quantization,
+    Recipe,
+)
 
-__all__ = ["calls", "compilations", "contracts", "forecast_budgets", "offloadings", "quantizations", "recipes"]
+__all__ = [
+    "cachings",
+    "calls",
+    "compilations",
+    "contracts",
+    "forecast_budgets",
+    "offloadings",
+    "quantizations",
+    "recipes",
+]
 
 _COMPONENTS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -100,6 +120,31 @@ def offloadings() -> st.SearchStrategy[Offloading]:
         *(_some(of_group | kind, group) for kind in (blocks, leaves)),
         *(_some(of_group | kind | {"use_stream": st.just(True)}, streamed) for kind in (blocks, leaves)),
     ).map(lambda fields: Offloading(**fields))
+
+
+def cachings() -> st.SearchStrategy[Caching]:
+    """Caches of one component, of each kind, with some of the keys that it takes."""
+    steps, threshold = st.integers(1, 8), st.floats(0, 10)
+    span = st.tuples(st.integers(-1, 400), st.integers(401, 1001))
+    keys: dict[str, tuple[dict[str, st.SearchStrategy[Any]], dict[str, st.SearchStrategy[Any]]]] = {
+        "first_block_cache": ({}, {"threshold": threshold}),
+        "pyramid_attention_broadcast": (
+            {},
+            {"spatial_attention_block_skip_range": steps, "spatial_attention_timestep_skip_range": span},
+        ),
+        "faster_cache": ({}, {"spatial_attention_block_skip_range": steps, "is_guidance_distilled": st.booleans()}),
+        "mag_cache": (
+            {"mag_ratios": st.lists(threshold, min_size=1, max_size=4)},
+            {"threshold": threshold, "num_inference_steps": steps},
+        ),
+        "taylorseer_cache": ({}, {"cache_interval": steps, "taylor_factors_dtype": st.sampled_from(_DTYPES)}),
+        "sea_cache": ({}, {"threshold": threshold, "residual_order": st.sampled_from([0, 1])}),
+        "text_kv_cache": ({}, {}),
+    }
+    component = {"component": st.sampled_from(_COMPONENTS)}
+    return st.one_of(
+        [_some(component | {"kind": st.just(kind), "kwargs": _some(*taken)}, {}) for kind, taken in keys.items()]
+    ).map(lambda fields: Caching(**fields))
 
 
 def calls() -> st.SearchStrategy[Call]:
@@ -188,6 +233,10 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 "forecast": st.none() | forecast_budgets(),
                 "vae_tiling": st.booleans() | st.integers(32, 2048),
                 "vae_slicing": st.booleans(),
+                "attention": st.none()
+                | st.sampled_from(ATTENTION_BACKENDS)
+                | st.dictionaries(st.sampled_from(_COMPONENTS), st.sampled_from(ATTENTION_BACKENDS), min_size=1),
+                "caching": st.lists(cachings(), max_size=2, unique_by=lambda made: made.component),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -28,6 +28,10 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
         names += ["engagement", "graph_breaks", "recompiles"]
     if recipe.quantization is not None:
         names.append("quantization")
+    if recipe.attention is not None:
+        names.append("attention")
+    if recipe.caching:
+        names.append("caching")
     limited = recipe.contract.max_memory is not None or recipe.contract.max_memory_ratio is not None
     if recipe.offloading is not None or recipe.quantization is not None or limited:
         names.append("memory")

@@ -284,7 +284,7 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
         expected = theirs[output.key]
         if output.call not in own_calls and not (output.finite and expected.finite):
             continue
-        rounding = ROUNDINGS * _epsilon(output, own)
+        rounding = ROUNDINGS * epsilon(output, own)
         repeat = floors.get((output.component, output.step, output.leaf), 0.0)
         yardstick = _usable(expected, precise.get(output.key))
         slices = 0.0
@@ -373,7 +373,7 @@ def _repetition_floors(reference: Observation) -> dict[tuple[str, int, str], flo
     return floors
 
 
-def _epsilon(output: Output, observation: Observation) -> float:
+def epsilon(output: Output, observation: Observation) -> float:
     """The rounding of the arithmetic behind an output: of its own dtype, or of the recipe's where that is coarser."""
     own = EPSILON.get(output.dtype, EPSILON["float32"])
     recipe = EPSILON.get(str(observation.recipe.get("dtype") or ""), 0.0)

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.checks import engagement, forecast, graph_breaks, memory, parity, quantization, recompiles, state
+from pytest_diffopt.checks import (
+    attention,
+    caching,
+    engagement,
+    forecast,
+    graph_breaks,
+    memory,
+    parity,
+    quantization,
+    recompiles,
+    state,
+)
 from pytest_diffopt.checks.evidence import Evidence, ForecastEvidence
 from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.contract import derive
@@ -29,6 +40,8 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
     graph_breaks.NAME: graph_breaks.judge,
     recompiles.NAME: recompiles.judge,
     quantization.NAME: quantization.judge,
+    attention.NAME: attention.judge,
+    caching.NAME: caching.judge,
     memory.NAME: memory.judge,
     parity.NAME: parity.judge,
     state.NAME: state.judge,
@@ -43,6 +56,7 @@ def limits_of(recipe: Recipe) -> Limits:
         compilations=recipe.compilation,
         offloading=recipe.offloading,
         quantization=recipe.quantization,
+        caching=recipe.caching,
     )
 
 

@@ -206,6 +206,8 @@ def keywords_of(recipe: Recipe) -> set[str]:
         words |= {"compilation", compilation.scope, backend if isinstance(backend, str) else ""}
     if recipe.offloading is not None:
         words |= {"offloading", recipe.offloading.strategy}
+    words |= {"attention"} if recipe.attention is not None else set()
+    words |= {word for one in recipe.caching for word in ("caching", one.kind)}
     if recipe.forecast is not None:
         words |= {recipe.forecast.model or "", recipe.forecast.gpu or ""}  # "forecast" is the check alone
     return words - {""}

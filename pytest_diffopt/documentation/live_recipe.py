@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import RecipeError
-from pytest_diffopt.preparation import compilation, offloading, quantization
-from pytest_diffopt.recipe import Call, Compilation, Quantization, Recipe
+from pytest_diffopt.preparation import attention, caching, compilation, offloading, quantization
+from pytest_diffopt.recipe import Caching, Call, Compilation, Quantization, Recipe
 from pytest_diffopt.replicas import registry
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def configured(recipe: Recipe) -> tuple[str, ...]:
         "quantization": recipe.quantization is not None,
         "compilation": bool(recipe.compilation),
         "offloading": recipe.offloading is not None,
+        "caching": bool(recipe.caching),
+        "attention": recipe.attention is not None,
         "VAE tiling": bool(recipe.vae_tiling),
         "VAE slicing": recipe.vae_slicing,
     }
@@ -76,7 +78,9 @@ def described(recipe: Recipe) -> str:
     if recipe.offloading is not None:
         kind = recipe.offloading.resolved_offload_type
         parts.append(f"{recipe.offloading.strategy} offloading{f' ({kind})' if kind else ''}")
-    parts += [word for word in configured(recipe) if word not in ("quantization", "compilation", "offloading")]
+    parts += [one.kind for one in recipe.caching]
+    named = ("quantization", "compilation", "offloading", "caching")
+    parts += [word for word in configured(recipe) if word not in named]
     return " + ".join(parts) or "plain"
 
 
@@ -111,6 +115,7 @@ def read(
     _compilation(components, seen, reading)
     _offloading(pipeline, components, reading)
     _autoencoder(components, reading)
+    _denoisers(components, reading)
     if arguments is not None:
         reading.fields["call"] = call_of(arguments)
     _beside(pipeline, reading)
@@ -256,6 +261,16 @@ def _autoencoder(components: Mapping[str, torch.nn.Module], reading: _Reading) -
                 reading.fields[said] = True
                 if name != "vae":
                     reading.beside.append(f"{said} is on for {name}")
+
+
+def _denoisers(components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:
+    told = {name: attention.attention_of(module) for name, module in components.items()}
+    if chosen := {name: backend for name, backend in told.items() if backend is not None}:
+        reading.fields["attention"] = chosen
+    found = {name: caching.caching_of(module) for name, module in components.items()}
+    reading.fields["caching"] = tuple(
+        Caching(name, kind=read[0], kwargs=read[1]) for name, read in found.items() if read is not None
+    )
 
 
 def _beside(pipeline: Any, reading: _Reading) -> None:

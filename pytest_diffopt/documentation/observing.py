@@ -234,7 +234,9 @@ class _Observing:
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
         if self.order.small:
-            arguments, shrunk = small_calls.made_small(arguments, self._size_of(pipeline))
+            arguments, shrunk = small_calls.made_small(
+                arguments, self._size_of(pipeline), keeps_steps=_reuses_steps(pipeline)
+            )
             self.seen.shrunk += shrunk
         self.seen.inside = True
         try:
@@ -459,6 +461,10 @@ def _component_name(module: torch.nn.Module, name: str) -> str:
     parts = json.loads(Path(index).read_text(encoding="utf-8")) if isinstance(index, str) else {}
     of_its_class = [key for key, part in parts.items() if isinstance(part, list) and part[-1] == kind]
     return name if name in of_its_class or not of_its_class else of_its_class[0]
+
+
+def _reuses_steps(pipeline: Any) -> bool:
+    return any(getattr(module, "is_cache_enabled", False) for module in _components(pipeline).values())
 
 
 def _dynamo_settings() -> dict[str, Any]:

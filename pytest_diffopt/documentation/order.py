@@ -8,7 +8,6 @@ from typing import Any
 
 from pytest_diffopt.documentation.record import Variant
 
-
 ENDED = "ended"
 """The file, in a block's folder, that is there once the block's own code has ended: what runs on is ours."""
 

@@ -27,13 +27,14 @@ class Shrunk:
 
 
 def made_small(
-    arguments: Mapping[str, Any], default_size: tuple[int, ...] | None = None
+    arguments: Mapping[str, Any], default_size: tuple[int, ...] | None = None, *, keeps_steps: bool = False
 ) -> tuple[dict[str, Any], list[Shrunk]]:
     """The arguments of a pipeline's call with nothing large in them, and what was made small.
 
     Args:
         arguments: all that the call takes, defaults too.
         default_size: of the replica, ``(height, width)`` or ``(height, width, frames)``.
+        keeps_steps: for a pipeline that reuses steps: it would have nothing to reuse in a few.
     """
     limits = dict(_SIZES)
     if default_size is not None:
@@ -51,10 +52,10 @@ def made_small(
             small[name] = most
             shrunk.append(Shrunk(name, given, most))
 
-    from_image = small.get("image") is not None or small.get("video") is not None
     for name, most in limits.items():
-        cut(name, most, also_none=not from_image)
-    cut("num_inference_steps", STEPS)
+        cut(name, most, also_none=True)  # what is left to a pipeline is its own megapixel
+    if not keeps_steps:
+        cut("num_inference_steps", STEPS)
     cut("max_sequence_length", TEXT_TOKENS)
     for name in ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"):
         cut(name, BATCH)

@@ -377,6 +377,52 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True)
+class AttentionUse:
+    """An attention layer in one call, seen in an eager run.
+
+    Attributes:
+        region: its path in the component. processor: the class of its processor.
+        told: whether the processor can be told a backend.
+        runs: of the layer. backends: by which backends of diffusers' dispatcher it attended, and how often.
+    """
+
+    call: int
+    component: str
+    region: str
+    processor: str
+    told: bool
+    runs: int
+    backends: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """A component's cache in one call, seen in an eager run.
+
+    Attributes:
+        hooks: that were entered. entered: how often, all of them. computed: of these, how often the module itself ran.
+        stale: hooks that reused something where the call first came to them: another call had left it.
+    """
+
+    call: int
+    component: str
+    hooks: int
+    entered: int
+    computed: int
+    stale: int = 0
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A component's cache as it stood: its kind (``""`` for none), and its hooks before the calls and after."""
+
+    component: str
+    kind: str
+    hooks: int
+    hooks_after: int
+
+
+@dataclass(frozen=True)
 class StateChange:
     """A global that is not as it was: its name, before and after, and what left it so."""
 
@@ -445,6 +491,9 @@ class Observation:
         precise_outputs: of the same calls, eager, in a higher precision, where asked for and possible.
         notes: warnings of libraries, and what could not be observed.
         memory: of the accelerator; None where it does not count it.
+        attention_uses, cache_uses: where the recipe sets these, and in an eager run alone.
+        attention_after: component → the backend that its processors would use after the calls, or several; only of
+            components whose processors can be told.
         failure: what ended the run, or None.
     """
 
@@ -467,6 +516,10 @@ class Observation:
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
     memory: MemoryRecord | None = None
+    attention_uses: tuple[AttentionUse, ...] = ()
+    attention_after: dict[str, str] = field(default_factory=dict)
+    cache_uses: tuple[CacheUse, ...] = ()
+    caches: tuple[CacheState, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

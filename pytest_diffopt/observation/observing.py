@@ -14,7 +14,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, cast
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.observation import private_torch
 from pytest_diffopt.observation.compilation import CompileWatch, short_path
+from pytest_diffopt.observation.dispatching import AttentionWatch, CacheWatch
 from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest, tensor_bytes
 from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
     DISABLED,
+    CacheState,
     CallRecord,
     CompileRecord,
     ComponentRecord,
@@ -46,8 +48,8 @@ from pytest_diffopt.observation.probes import (
     recording,
     widen,
 )
+from pytest_diffopt.preparation import attention, caching, compilation
 from pytest_diffopt.preparation import borrowed_state as state
-from pytest_diffopt.preparation import compilation
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
 
 if TYPE_CHECKING:
@@ -191,6 +193,10 @@ class Run:
         self.precise_dtype = ""
         self.breaks_of_diagnosis: CompileRecord | None = None
         self.memory = MemoryWatch(accelerator)
+        self.attention = AttentionWatch()
+        self.attention_after: dict[str, str] = {}
+        self.caching = CacheWatch()
+        self.caches: list[CacheState] = []
         self.starting_noise: dict[int, list[Any]] = {}
 
     def everything(self) -> None:
@@ -227,7 +233,7 @@ class Run:
 
     def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
         self.is_loaded(prepared)
-        self._compare_state(before, state.take_snapshot(), with_random=False)
+        self._compare_state(before, state.take_snapshot(), with_random=False, declared=self._declared())
         if prepared.is_model:  # inputs that a callable draws are drawn once, before anything is counted
             for call in range(self.recipe.call.count):
                 self.recipe.call.model_inputs(call)
@@ -249,6 +255,7 @@ class Run:
         """Write down what a pipeline is made of, before its first call."""
         self.memory.loaded(prepared.components)
         self._describe(prepared)
+        self.hooks_of_caches = self._hooks_of_caches(prepared)
         self._note_what_disables()
 
     @contextlib.contextmanager
@@ -263,6 +270,7 @@ class Run:
             self._same_noise(prepared, replay=False),
             self._stance(),
             counting,
+            self._watching_denoisers(prepared),
         ):
             yield
 
@@ -273,6 +281,7 @@ class Run:
         except Exception as error:  # the recipe's own calls are made: these are ours
             self.notes.append(f"the last call could not be repeated: {type(error).__name__}: {error}")
         self._compare_layers(prepared)
+        self._describe_denoisers_after(prepared, self.hooks_of_caches)
 
     def _stance(self) -> contextlib.AbstractContextManager[Any]:
         import torch
@@ -396,8 +405,38 @@ class Run:
                 )
             )
 
-    def _compare_state(self, before: state.Snapshot, after: state.Snapshot, *, with_random: bool) -> None:
-        known = {change.name for change in self.state_changes}
+    def _declared(self) -> set[str]:
+        """The globals that diffusers sets because the recipe says so, while the pipeline lives."""
+        return {attention.GLOBAL} if self.recipe.attention is not None else set()
+
+    def _watching_denoisers(self, prepared: Prepared) -> contextlib.ExitStack:
+        """Attention and caches, seen from within: nothing that is compiled may have these watches in it."""
+        stack = contextlib.ExitStack()
+        compiles = bool(self.recipe.compilation) or (bool(prepared.compiled_before) and not self.force_eager)
+        if self.recipe.attention is not None and not compiles:
+            stack.enter_context(self.attention.watching(prepared, lambda: self.watch.call))
+        if self.recipe.caching and not compiles:
+            stack.enter_context(self.caching.watching(prepared, lambda: self.watch.call))
+        return stack
+
+    def _hooks_of_caches(self, prepared: Prepared) -> dict[str, int]:
+        components = {one.component: (prepared.components[one.component], one.kind) for one in self.recipe.caching}
+        return {name: len(list(caching.cache_hooks(*given))) for name, given in components.items()}
+
+    def _describe_denoisers_after(self, prepared: Prepared, hooks_before: dict[str, int]) -> None:
+        """What the calls left of the attention backend and the caches."""
+        if self.recipe.attention is not None:
+            used = {name: attention.used_by(module) for name, module in prepared.components.items()}
+            self.attention_after = {name: ", ".join(backends) for name, backends in used.items() if backends}
+        hooks_after = self._hooks_of_caches(prepared)
+        for name, count in hooks_before.items():
+            found = caching.caching_of(prepared.components[name])
+            self.caches.append(CacheState(name, found[0] if found else "", count, hooks_after[name]))
+
+    def _compare_state(
+        self, before: state.Snapshot, after: state.Snapshot, *, with_random: bool, declared: Iterable[str] = ()
+    ) -> None:
+        known = {change.name for change in self.state_changes} | set(declared)
         for difference in state.differences(before, after, with_random=with_random):
             if difference.name not in known:
                 self.state_changes.append(StateChange(difference.name, difference.before, difference.after, self.phase))
@@ -490,7 +529,9 @@ class Run:
         torch.compiler.reset()
 
     def _prepared_to_be_widened(self) -> Prepared:
-        prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub)
+        # a kernel of attention may refuse the wider dtype; what it computes is what any of them computes
+        recipe = self.recipe.replace(attention=None)
+        prepared = prepare(recipe, self.accelerator, allow_hub=self.allow_hub)
         prepared.detach()  # a factory may return the same object again, which must not stay wide
         return prepared
 
@@ -563,6 +604,10 @@ class Run:
             failure=self.failure,
             notes=tuple(self.notes),
             memory=self.memory.record,
+            attention_uses=self.attention.record(),
+            attention_after=self.attention_after,
+            cache_uses=self.caching.record(),
+            caches=tuple(self.caches),
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.preparation import autoencoder, compilation, offloading, quantization
+from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Prepared:
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
     offloaded: offloading.Offloaded = field(default_factory=offloading.Offloaded)
     switched: autoencoder.Switched = field(default_factory=autoencoder.Switched)
+    attended: attention.Attended = field(default_factory=attention.Attended)
+    cached: caching.Cached = field(default_factory=caching.Cached)
 
     def module_names(self) -> dict[int, tuple[str, str]]:
         """id of a module → (component, path in it), for every module of every component."""
@@ -101,21 +103,34 @@ class Prepared:
             return result
 
     def release(self) -> None:
-        """Take off what was put on: compiled calls, offloading hooks, the VAE's switches. A factory may return the same
-        object again."""
+        """Take off what was put on: compiled calls, offloading hooks, switches, caches. A factory may return the same object
+        again."""
         for module in self.components.values():
             compilation.uncompile(module, self.compiled_before)
         if self.recipe.offloading is not None:
             offloading.take_off(self.pipeline, self.components)
             self.offloaded.clean_up()
+        self._switch_back()
+
+    def switch_on(self) -> None:
+        """The VAE's switches, the attention backend and the caches that the recipe says."""
+        self.switched.switch_on(self.components, self.recipe)
+        self.attended.tell(self.components, self.recipe)
+        self.cached.enable(self.pipeline, self.components, self.recipe)
+
+    def _switch_back(self) -> None:
+        self.cached.take_off()
+        self.attended.put_back()
         self.switched.put_back()
 
     def detach(self) -> None:
         """Continue on a copy of what a factory returned, so that nothing more happens to the object itself."""
         if not (callable(self.recipe.pipeline) or self.is_model):
             return
+        self._switch_back()  # a copied hook of diffusers would run the original's layers
         self.pipeline = copy.deepcopy(self.pipeline)
         self.components = _components(self.pipeline)
+        self.switch_on()
 
     def _placed(self, value: Any) -> Any:
         """Tensors on the device, floating ones in the recipe's dtype where it says one."""
@@ -186,7 +201,11 @@ def prepare(
     prepared.compiled_before = compilation.compiled_ids(prepared.components)
     if on_loaded is not None:
         on_loaded(prepared)
-    prepared.switched.switch_on(prepared.components, recipe)
+    try:
+        prepared.switch_on()
+    except BaseException:
+        prepared._switch_back()  # what was switched on before
+        raise
     if recipe.order[0] != "quantization":
         _place(prepared)
     for part in recipe.order:

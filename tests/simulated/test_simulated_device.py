@@ -21,6 +21,17 @@ def test_a_device_that_is_not_there_is_refused_in_cudas_words(sim: Any) -> None:
         lambda: sim.memory_allocated(7),
         lambda: torch.Generator("sim:7"),
         lambda: sim.synchronize("sim:2"),
+        lambda: torch.accelerator.synchronize(5),
+        lambda: torch.accelerator.current_stream(100),
+        lambda: torch.Stream(device="sim:3"),
+        lambda: sim.Stream("sim:3"),
+        lambda: sim.current_stream(3),
+        lambda: sim.get_device_properties(2),
+        lambda: sim.max_memory_reserved("sim:4"),
+        lambda: sim.mem_get_info(2),
+        lambda: nn.Linear(1, 1).to("sim:2"),
+        lambda: nn.Linear(1, 1).sim(2),
+        lambda: torch.UntypedStorage(4, device="sim:2"),
     ):
         with pytest.raises(torch.AcceleratorError, match=r"^sim error: invalid device ordinal"):
             attempt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable
@@ -412,27 +413,104 @@ def attend(device: str, case: str) -> Any:
 @pytest.mark.parametrize("case", ATTENTION)
 @pytest.mark.parametrize("backend", [None, SDPBackend.MATH])
 def test_attention_has_the_bits_of_the_host(case: str, backend: SDPBackend | None) -> None:
-    with sdpa_kernel([backend] if backend else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         assert_same(attend("cpu", case), attend("sim", case))
 
 
-@pytest.mark.parametrize("backend", [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-def test_a_fused_kernel_that_the_host_lacks_is_the_hosts_fused_kernel(backend: SDPBackend, sim: Any) -> None:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        host = attend("cpu", "mask")
-    sim.record_operations()
-    with sdpa_kernel(backend):
-        assert_same(host, attend("sim", "mask"))
-    sim.record_operations(False)
-    assert sim.recorded_operations()["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
+FLASH, EFFICIENT, CUDNN, MATH = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
+HALF = torch.bfloat16
+# what is attended, and which of CUDA's kernels take it: sdp_utils.cpp of torch, on capability 8.0
+FORCED = {
+    "half": (lambda: ([n(2, 4, 9, 16, dtype=HALF)] * 3, {}), {FLASH, EFFICIENT, CUDNN}),
+    "half causal": (lambda: ([n(2, 4, 9, 16, dtype=HALF)] * 3, {"is_causal": True}), {FLASH, EFFICIENT, CUDNN}),
+    "half mask": (
+        lambda: ([n(2, 4, 9, 16, dtype=HALF)] * 3, {"attn_mask": torch.ones(9, 9) > 0}),
+        {EFFICIENT, CUDNN},
+    ),
+    "half causal, not square": (
+        lambda: (
+            [n(2, 4, 9, 16, dtype=HALF), n(2, 4, 7, 16, dtype=HALF), n(2, 4, 7, 16, dtype=HALF)],
+            {"is_causal": True},
+        ),
+        {EFFICIENT, CUDNN},
+    ),
+    "half, a key of one": (
+        lambda: ([n(2, 4, 9, 16, dtype=HALF), n(2, 4, 1, 16, dtype=HALF), n(2, 4, 1, 16, dtype=HALF)], {}),
+        {FLASH, EFFICIENT},
+    ),
+    "half, 12 wide": (lambda: ([n(2, 4, 9, 12, dtype=HALF)] * 3, {}), {FLASH}),
+    "half, 160 wide": (lambda: ([n(2, 4, 9, 160, dtype=HALF)] * 3, {}), {FLASH, EFFICIENT}),
+    "half, 512 wide": (lambda: ([n(1, 1, 9, 512, dtype=HALF)] * 3, {}), {EFFICIENT}),
+    "half, value of another width": (
+        lambda: ([n(2, 4, 9, 16, dtype=HALF), n(2, 4, 9, 16, dtype=HALF), n(2, 4, 9, 8, dtype=HALF)], {}),
+        {EFFICIENT, CUDNN},
+    ),
+    "float32": (lambda: ([n(2, 4, 9, 16)] * 3, {}), {EFFICIENT}),
+    "float32 mask": (lambda: ([n(2, 4, 9, 16)] * 3, {"attn_mask": n(9, 9)}), {EFFICIENT}),
+    "float32, 6 wide": (lambda: ([n(2, 4, 9, 6)] * 3, {}), set()),
+    "float64": (lambda: ([n(2, 4, 9, 16).double()] * 3, {}), set()),
+    "three dimensions": (lambda: ([n(4, 9, 16, dtype=HALF)] * 3, {}), set()),
+}
 
 
-def test_a_forced_fused_kernel_that_does_not_fit_is_refused_in_cudas_words() -> None:
-    with (
-        sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
-        pytest.raises(RuntimeError, match=r"^No available kernel\. Abort"),
-    ):
-        attend("sim", "value of another width")
+def forced(case: str, backends: Any) -> torch.Tensor:
+    tensors, options = FORCED[case][0]()
+    options = {k: v.to("sim") if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(*(t.to("sim") for t in tensors), **options)
+
+
+@pytest.mark.parametrize("backend", [FLASH, EFFICIENT, CUDNN, MATH])
+@pytest.mark.parametrize("case", FORCED)
+def test_a_forced_attention_kernel_runs_what_cudas_runs_and_refuses_the_rest(case: str, backend: SDPBackend) -> None:
+    if backend is MATH or backend in FORCED[case][1]:
+        torch.testing.assert_close(forced(case, backend), forced(case, MATH), rtol=2e-2, atol=2e-2)
+    else:
+        with pytest.raises(RuntimeError, match=r"^No available kernel\. Abort"):
+            forced(case, backend)
+        torch.testing.assert_close(forced(case, [backend, MATH]), forced(case, MATH), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("backends", "fused"),
+    [(FLASH, True), (EFFICIENT, True), (CUDNN, True), ([FLASH, MATH], True), (MATH, False), ([CUDNN, EFFICIENT], True)],
+)
+def test_only_math_holds_the_scores_in_memory_wet_and_dry(backends: Any, fused: bool, sim: Any) -> None:
+    length = 256
+    scores_bytes = length * length * 2
+    taken = []
+    for context in (contextlib.nullcontext(), sim.dry()):
+        with context, sdpa_kernel(backends):
+            query = torch.empty(4, 4, length, 16, dtype=HALF, device="sim").fill_(0.1)
+            before = sim.memory_allocated()
+            sim.reset_peak_memory_stats()
+            F.scaled_dot_product_attention(query, query, query)
+            taken.append(sim.max_memory_allocated() - before)
+            assert sim.is_hollow(query) == (len(taken) == 2)
+            del query
+    assert taken[0] == taken[1]
+    assert (taken[0] < 16 * scores_bytes) == fused
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
+def test_a_forced_attention_kernel_compiles_whole_and_is_refused_there_too(mode: str) -> None:
+    def attends(x: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = n(1, 2, 16, 16, dtype=HALF).to("sim")
+    torch._dynamo.reset()
+    compiled = torch.compile(attends, backend=mode, fullgraph=True)
+    for backend in (EFFICIENT, MATH):
+        torch.testing.assert_close(compiled(x, backend), attends(x, backend), rtol=1e-2, atol=1e-2)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        compiled(x.float(), FLASH)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -467,6 +545,40 @@ def test_a_convolutions_layout_is_the_one_that_fake_tensors_foretell(
     for one, other in zip((real, *gradients[:2]), (fake, *foretold[:2]), strict=True):
         assert (one.shape, one.stride()) == (other.shape, other.stride())
     if (channels_last or weight_too) and shape[1] > 1 and shape[2] > 1:  # else a layout has two names
+        assert real.is_contiguous(memory_format=last)
+
+
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "transposed": (lambda: torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8)),
+    "transposed 3d": (lambda: torch.nn.ConvTranspose3d(4, 6, 3, padding=1), (2, 4, 4, 8, 8)),
+    "depthwise": (lambda: torch.nn.Conv2d(4, 4, 3, padding=1, groups=4), (2, 4, 8, 8)),
+    "group norm": (lambda: torch.nn.GroupNorm(2, 4), (2, 4, 8, 8)),
+    "nearest": (lambda: torch.nn.Upsample(scale_factor=2), (2, 4, 8, 8)),
+    "nearest 3d": (lambda: torch.nn.Upsample(scale_factor=2), (2, 4, 4, 8, 8)),
+    "bilinear": (lambda: torch.nn.Upsample(scale_factor=2, mode="bilinear"), (2, 4, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("weight_too", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layers_layout_is_the_one_that_fake_tensors_foretell(
+    name: str, weight_too: bool, channels_last: bool, dtype: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    make, shape = LAYERS[name]
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    layer = make().to("sim", dtype).requires_grad_(False)
+    layer = layer.to(memory_format=last) if weight_too else layer
+    x = n(*shape).to("sim", dtype).to(memory_format=last if channels_last else torch.contiguous_format)
+    with FakeTensorMode() as mode:
+        weights = {key: mode.from_tensor(value) for key, value in layer.named_parameters()}
+        fake = torch.func.functional_call(layer, weights, (mode.from_tensor(x),))
+    real = layer(x)
+    assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+    if channels_last:
         assert real.is_contiguous(memory_format=last)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from pytest_diffopt.denoising import Caching
 from pytest_diffopt.errors import RecipeError
 from pytest_diffopt.recipe import (
     Call,
@@ -179,7 +180,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing"
+            "forecast, vae_tiling, vae_slicing, attention, caching"
         ),
     ]
 
@@ -195,11 +196,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijklmno") == [
+    assert mistakes(Recipe, *"abcdefghijklmnopq") == [
         (
-            "Recipe: found 15 positional arguments; it takes 14: "
+            "Recipe: found 17 positional arguments; it takes 16: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing"
+            "forecast, vae_tiling, vae_slicing, attention, caching"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]
@@ -545,6 +546,8 @@ _CHANGES: dict[str, Any] = {
     "call": Call(calls=5),
     "vae_tiling": True,
     "vae_slicing": True,
+    "attention": {"transformer": "_native_math"},
+    "caching": Caching("transformer", "first_block_cache"),
 }
 
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("replicas", "accelerators"),
     ("strategies", "recipe_loading"),
     ("recipe",),
-    ("contract",),
+    ("contract", "denoising"),
     ("references",),
     ("part",),
     ("byte_sizes",),

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
+from pytest_diffopt.accelerators.simulated.cuda_names import add_names
+
 # names of torch.sim too
 from pytest_diffopt.accelerators.simulated.dry import (  # noqa: F401
     dry,
@@ -521,11 +523,13 @@ def register() -> None:
         "backend_registration",
         "COUNTERS",
         "Device",
+        "add_names",
     }
-    kept = {"_lazy_init", "_initialized", "_is_in_bad_fork", "_exchange_device", "_maybe_exchange_device"}
+    kept = {"_index", "_lazy_init", "_initialized", "_is_in_bad_fork", "_exchange_device", "_maybe_exchange_device"}
     for name, value in globals().items():
         if name in kept or not (name.startswith("_") or name in hidden):
             setattr(module, name, value)
+    add_names(module)
     torch._register_device_module("sim", module)  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
     default_generators = tuple(_ops.default_generator(index) for index in range(device_count()))

@@ -81,22 +81,22 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceCapability getDeviceCapability(Device) const override { return c10::DeviceCapability(); }
 
   c10::Stream stream(Device device, int64_t id) const {
-    return c10::Stream(c10::Stream::UNSAFE, sim_device(device.has_index() ? device.index() : t_device), id);
+    return c10::Stream(c10::Stream::UNSAFE, sim_device(resolve_device(device.index())), id);
   }
-  c10::Stream getStream(Device device) const noexcept override {
-    return stream(device, t_streams[device.has_index() ? device.index() : t_device]);
+  c10::Stream getStream(Device device) const override {
+    return stream(device, t_streams[resolve_device(device.index())]);
   }
   c10::Stream getDefaultStream(Device device) const override { return stream(device, 0); }
   c10::Stream getNewStream(Device device, int) const override { return stream(device, g_next_stream++); }
   c10::Stream getStreamFromGlobalPool(Device device, bool) const override { return stream(device, g_next_stream++); }
-  c10::Stream exchangeStream(c10::Stream next) const noexcept override {
+  c10::Stream exchangeStream(c10::Stream next) const override {
     const c10::Stream old = getStream(next.device());
     t_streams[old.device_index()] = next.id();
     return old;
   }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const DeviceIndex) const override {}
+  void synchronizeDevice(const DeviceIndex device) const override { resolve_device(device); }
 
   void record(void** event, const c10::Stream&, const DeviceIndex, const c10::EventFlag flag) const override {
     if (!*event) *event = new Event{{}, flag == c10::EventFlag::BACKEND_DEFAULT};

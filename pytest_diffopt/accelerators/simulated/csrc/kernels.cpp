@@ -306,17 +306,61 @@ bool host_flash_takes(const sdp::sdp_params& p) {
       p.key.sym_stride(-1) == 1 && p.value.sym_stride(-1) == 1;
 }
 
-// One fused kernel stands for all of CUDA's: it runs where any of them is allowed, so the scores are not held in memory.
+// What CUDA's kernels take on a device of capability 8.0, which the face tells of this one. Source, pytorch/pytorch:
+// aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and its neighbours.
+struct CudasFused {
+  const sdp::sdp_params& p;
+
+  bool dense() const {
+    return sdp::check_nested_tensor(p, false) && sdp::check_tensor_shapes(p, false) &&
+        sdp::check_batch_size_and_num_heads_dense</*supports_gqa=*/true>(p, false) &&
+        sdp::check_nonzero_sequence_lengths_dense(p, false) && sdp::check_attn_mask_shape(p, false) &&
+        whole_rows(p.query) && whole_rows(p.key) && whole_rows(p.value);
+  }
+  bool flash() const {
+    return half() && !p.attn_mask.has_value() && width(p.key) == width(p.query) && width(p.value) == width(p.query) &&
+        width(p.query) <= 256 && (!p.is_causal || p.query.sym_size(2) == p.key.sym_size(2));
+  }
+  bool efficient() const {
+    const int64_t aligned = half() ? 8 : 4;
+    return (half() || is({at::kFloat})) && width(p.key) == width(p.query) && width(p.query) % aligned == 0 &&
+        width(p.value) % aligned == 0;
+  }
+  bool cudnn() const {
+    return half() && width(p.query) <= 128 && width(p.value) <= 128 && width(p.query) % 8 == 0 &&
+        width(p.value) % 8 == 0 && width(p.key) == width(p.query) && p.key.sym_size(2) != 1;
+  }
+
+ private:
+  static c10::SymInt width(const Tensor& tensor) { return tensor.sym_size(3); }
+  static bool whole_rows(const Tensor& tensor) { return tensor.sym_stride(-1) == 1 || tensor.sym_size(-1) == 1; }
+  bool is(std::initializer_list<c10::ScalarType> known) const {
+    const auto dtype = p.query.scalar_type();
+    return p.key.scalar_type() == dtype && p.value.scalar_type() == dtype &&
+        std::find(known.begin(), known.end(), dtype) != known.end();
+  }
+  bool half() const { return is({at::kHalf, at::kBFloat16}); }
+};
+
+// One fused kernel stands for all of CUDA's: the host's, so the scores are not held in memory. With every kernel allowed
+// it runs wherever it can; with some of them forbidden, where CUDA would run one of those that are left.
 int64_t attention_choice(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
     bool causal, std::optional<double> /*scale*/, bool grouped) {
+  constexpr auto kFused = static_cast<int64_t>(at::SDPBackend::flash_attention);
+  constexpr auto kMath = static_cast<int64_t>(at::SDPBackend::math);
   const auto& context = at::globalContext();
-  const bool fused =
-      context.userEnabledFlashSDP() || context.userEnabledMemEfficientSDP() || context.userEnabledCuDNNSDP();
-  if (fused && host_flash_takes({query, key, value, mask, dropout, causal, grouped}))
-    return static_cast<int64_t>(at::SDPBackend::flash_attention);
-  TORCH_CHECK(context.userEnabledMathSDP(), "No available kernel. Aborting execution.");
-  return static_cast<int64_t>(at::SDPBackend::math);
+  const bool flash = context.userEnabledFlashSDP(), efficient = context.userEnabledMemEfficientSDP(),
+             cudnn = context.userEnabledCuDNNSDP(), math = context.userEnabledMathSDP();
+  const sdp::sdp_params given{query, key, value, mask, dropout, causal, grouped};
+  const bool runs_fused = (flash || efficient || cudnn) && host_flash_takes(given);
+  if (flash && efficient && cudnn && math) return runs_fused ? kFused : kMath;
+  const CudasFused cuda{given};
+  if ((flash || efficient || cudnn) && cuda.dense() &&
+      ((flash && cuda.flash()) || (efficient && cuda.efficient()) || (cudnn && cuda.cudnn())))
+    return runs_fused ? kFused : kMath;  // dropout, and a value of another width: the host computes those step by step
+  TORCH_CHECK(math, "No available kernel. Aborting execution.");
+  return kMath;
 }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
