@@ -182,8 +182,8 @@ class _Observing:
         namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__, "__file__": order.page}
         namespace[rewriting.NOTE_CAUGHT] = rewriting.on_caught(self._note_caught, order.page)
         _see_suppressed(self._note_caught, order.page)
-        for code in (*order.before, order.block):
-            for path in rewriting.placeholders(code.source, order.folder):
+        for one in (*order.before, order.block):
+            for path in rewriting.placeholders(one.source, order.folder):
                 path.parent.mkdir(parents=True, exist_ok=True)  # so that something can be written there
         try:
             codes = [self._compiled(code) for code in (*order.before, order.block)]
