@@ -68,8 +68,9 @@ def _replica(pipeline: object, allow_hub: bool) -> Family | None:
 
 def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator[Mistake]:
     named: list[tuple[Location, Iterable[str]]] = []
-    if recipe.quantization is not None:
-        named.append((("quantization", "components"), recipe.quantization.components or ()))
+    for index, quantization in enumerate(recipe.quantizations):
+        at: Location = ("quantization", index) if len(recipe.quantizations) > 1 else ("quantization",)
+        named.append(((*at, "components"), quantization.components or ()))
     for index, compilation in enumerate(recipe.compilation):
         named.append(((*_compilation_at(recipe, index), "component"), (compilation.component,)))
     if recipe.offloading is not None:
