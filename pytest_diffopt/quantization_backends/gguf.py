@@ -61,7 +61,8 @@ class _Gguf(Backend):
 
     def is_layer(self, module: Any) -> bool:
         ours = any(base.__module__.startswith("diffusers.quantizers.gguf.") for base in type(module).__mro__)
-        return ours or getattr(getattr(module, "_parameters", {}).get("weight"), "quant_type", None) is not None
+        weight = getattr(module, "_parameters", {}).get("weight")
+        return ours or type(weight).__module__.startswith("diffusers.quantizers.gguf.")
 
     def read(self, module: Any, count: int) -> Stored | None:
         weight = getattr(module, "weight", None)
