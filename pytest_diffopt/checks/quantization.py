@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 NAME = "quantization"
 
-_PLAIN_IN_A_FILE = ("float32", "float16")
-"""Types of tensors in a ``.gguf`` file that are loaded into plain layers."""
+_PLAIN_IN_A_FILE = ("float32", "float16", "bf16")
+"""Types of tensors in a ``.gguf`` file that are not quantized; diffusers loads BF16 into a layer of gguf's all the same."""
 
 
 def judge(given: Evidence) -> Verdict:
@@ -71,7 +71,7 @@ def judge(given: Evidence) -> Verdict:
     }
     if problems:
         return given.failed(NAME, "; ".join(problems[:3]), evidence=shortened(evidence + problems[3:]), **figures)
-    plain = [layer for layer in layers if layer.component in meant and layer.linear and layer.format == ""]
+    plain = [layer for layer in layers if layer.component in meant and layer.linear and layer.format in ("", "BF16")]
     if plain:
         figures["left_plain"] = len(plain)
     return given.passed(
@@ -84,7 +84,7 @@ def judge(given: Evidence) -> Verdict:
 
 
 def _where(layer: Layer) -> str:
-    return f"{layer.component}.{layer.path} in {layer.dtype}"
+    return f"{layer.component}.{layer.path} in {layer.format or layer.dtype}"
 
 
 def _formats(layers: list[Layer]) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-WRITTEN_BY = 1
+WRITTEN_BY = 2
 """Changed with what is written: files of an older number are written anew."""
 
 
@@ -43,6 +43,8 @@ class GgufRepository:
         public_names: the component's state dict → the tensors of the public files, by their names.
         kept_wide: parts of names whose tensors stay float in the public files.
         more_bits: parts of names that get the next type in files whose name ends in ``_M``.
+        bfloat16: names among the wide ones that are BF16, not F16: diffusers tells models apart by the width of plain
+            tensors, and takes a replica's for another model's; a BF16 tensor is bytes to it.
     """
 
     hub_id: str
@@ -52,6 +54,7 @@ class GgufRepository:
     public_names: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     kept_wide: tuple[str, ...]
     more_bits: tuple[str, ...]
+    bfloat16: tuple[str, ...] = ()
 
 
 def flux_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,6 +120,7 @@ _FLUX: dict[str, Any] = {
     "public_names": flux_names,
     "kept_wide": ("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
     "more_bits": ("mlp.2.", "linear2."),
+    "bfloat16": ("img_in.weight",),  # 128 inputs in plain would be FLUX.1-Depth
 }
 
 REPOSITORIES: dict[str, GgufRepository] = {
@@ -209,7 +213,8 @@ def _write(repository: GgufRepository, replica: Path, kind: str, mixed: bool, ta
             array: np.ndarray[Any, Any] = tensor.float().numpy()
             wide = array.ndim < 2 or any(name.startswith(part) for part in repository.kept_wide)
             raised = mixed and any(part in name for part in repository.more_bits)
-            data, of = ggml_types.stored(array, "F32" if array.ndim < 2 else "F16" if wide else kind, raised=raised)
+            of_wide = "F32" if array.ndim < 2 else "BF16" if name in repository.bfloat16 else "F16"
+            data, of = ggml_types.stored(array, of_wide if wide else kind, raised=raised and not wide)
             writer.add_tensor(name, data, raw_dtype=of)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -90,7 +90,7 @@ def test_a_mixed_file_has_several_types_and_keeps_what_the_public_ones_keep() ->
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types["double_blocks.0.img_attn.qkv.weight"] == "Q4_K"
     assert types["single_blocks.1.linear2.weight"] == "Q5_K"
-    assert types["img_in.weight"] == types["final_layer.linear.weight"] == "F16"
+    assert (types["img_in.weight"], types["final_layer.linear.weight"]) == ("BF16", "F16")
     assert types["double_blocks.0.img_attn.norm.key_norm.scale"] == types["img_in.bias"] == "F32"
 
 
