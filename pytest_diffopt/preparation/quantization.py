@@ -133,7 +133,7 @@ def _out_of_a_file(
             quantization_config=BACKENDS["gguf"].config(quantization, of_diffusers=True),
             torch_dtype=dtype,
         )
-        component._diffopt_types_of_file = types_of_file(file, component_class, component.config)
+        component._diffopt_types_of_file = types_of_file(file, component)
     return component
 
 

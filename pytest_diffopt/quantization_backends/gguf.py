@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
@@ -110,17 +108,19 @@ def type_bytes(name: str, count: int, row: int) -> int:
     return -1 if row % block else count // block * size
 
 
-def types_of_file(path: str, component_class: Any, config: Mapping[str, Any]) -> dict[str, str]:
-    """Parameter of the model → type of the tensor that the file has for it, by diffusers' own names and conversion."""
-    from diffusers.loaders import single_file_model, single_file_utils
+def types_of_file(path: str, component: Any) -> dict[str, str]:
+    """Parameter of a model → type of the tensor that the file has for it, by diffusers' own names and conversion.
+
+    Read off the file, not off the model that was loaded of it.
+    """
+    from diffusers.loaders import single_file_model
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
 
     checkpoint = load_gguf_checkpoint(path)
-    name: Any = single_file_model._get_single_file_loadable_mapping_class(component_class)
-    convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
-    with contextlib.suppress(KeyError):  # a file with diffusers' own names
-        checkpoint = convert(config=dict(config), checkpoint=dict(checkpoint))
-    assert single_file_utils is not None
+    if set(checkpoint) != set(component.state_dict()):
+        name: Any = single_file_model._get_single_file_loadable_mapping_class(type(component))
+        convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        checkpoint = convert(config=dict(component.config), checkpoint=checkpoint)
     return {
         parameter: kind.name if (kind := getattr(tensor, "quant_type", None)) is not None else kind_name(tensor.dtype)
         for parameter, tensor in checkpoint.items()
