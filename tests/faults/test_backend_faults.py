@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Quantization
+from pytest_diffopt import Call, Quantization
 
-from .conftest import WIDTH, Healthy, Judge, assert_all_pass
+from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass
 
 pytest.importorskip("torchao")
 pytest.importorskip("optimum.quanto")
@@ -134,6 +134,33 @@ def test_a_layer_left_plain_is_named(judge: Judge, healthy: Any, quantization: Q
     verdict = judged(judge, model(healthy, linear), quantization)
     assert verdict.status == "failed"
     assert verdict.evidence == ("model.second: a plain Linear in bfloat16",)
+
+
+@pytest.mark.parametrize(
+    ("healthy", "backend", "kwargs"),
+    [(ao(), "torchao", {"quant_type": "int8wo", **QUIET}), (quanto(), "quanto", {}), (None, "layerwise_casting", {})],
+    ids=["torchao", "quanto", "layerwise_casting"],
+)
+def test_a_component_that_was_silently_left_out_is_named(judge: Judge, healthy: Any, backend: Any, kwargs: Any) -> None:
+    def pipeline() -> TwoPart:
+        quantized = cast()() if healthy is None else model(healthy, healthy)()
+        return TwoPart(Widening(), quantized)
+
+    quantization = Quantization(backend, ["encoder", "denoiser"], kwargs)
+    verdict = judge(pipeline, quantization=quantization, compiled=False, dtype="bfloat16", call=Call())["quantization"]
+    assert verdict.status == "failed"
+    assert verdict.sentence == "encoder is not quantized at all (2 Linear layers left plain)"
+
+
+class Widening(Healthy):
+    """In bfloat16, whatever comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(torch.bfloat16))
 
 
 def dense_inside() -> nn.Module:

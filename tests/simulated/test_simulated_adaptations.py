@@ -27,6 +27,7 @@ from pytest_diffopt.replicas import ensure
 
 pytest.importorskip("diffusers")
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 # For versions before the installed ones, or whose answer is the same in them.
 WITHOUT_A_CASE = {

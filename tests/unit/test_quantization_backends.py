@@ -263,3 +263,13 @@ def test_what_is_wrong_with_a_layer_is_said(backend: Any, kwargs: Any, stored: L
 def test_a_layer_takes_no_more_than_its_format(backend: str, stored: Layer, most: int) -> None:
     pytest.importorskip("gguf")
     assert BACKENDS[backend].most_bytes(stored) == most
+
+
+def test_a_forecast_of_a_backend_whose_kernels_are_not_known_is_refused() -> None:
+    from pytest_diffopt.errors import ForecastError
+    from pytest_diffopt.forecasting.running import forecast
+
+    with pytest.raises(
+        ForecastError, match=r"r: what torchao takes is not forecast yet; of the backends bitsandbytes_4bit"
+    ):
+        forecast(Recipe("r", "tiny-flux", dtype="bfloat16", quantization=INT8), model="flux.1-dev")
