@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import types
 import typing
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, ReplicaError
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
+from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.recipe import DynamoValue, ForecastBudget, Recipe, is_reference
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 from pytest_diffopt.replicas import Family, registry, resolve_full_size
@@ -38,6 +40,7 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
         mistakes += _reference_mistakes(("call", "inputs"), recipe.call.inputs)
     if (family := _replica(recipe.pipeline, allow_hub)) is not None:
         mistakes += _component_mistakes(recipe, family.components)
+    mistakes += _library_mistakes(recipe)
     torch_installed = importlib.util.find_spec("torch") is not None
     for index, compilation in enumerate(recipe.compilation):
         location = (*_compilation_at(recipe, index), "backend")
@@ -56,6 +59,19 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
     return [Problem(f"{prefix}.{path_of(m.location)}", m.found, m.allowed) for m in mistakes]
 
 
+def _library_mistakes(recipe: Recipe) -> Iterator[Mistake]:
+    """Backends whose package is not installed; nothing is imported for the answer."""
+    for index, quantization in enumerate(recipe.quantizations):
+        package = BACKENDS[quantization.backend].distribution
+        try:
+            if package is not None:
+                importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            at: Location = ("quantization", index) if len(recipe.quantizations) > 1 else ("quantization",)
+            found = repr(quantization.backend)
+            yield Mistake((*at, "backend"), found, f"it needs {package}, which is not installed: pip install {package}")
+
+
 def _compilation_at(recipe: Recipe, index: int) -> Location:
     return ("compilation",) if len(recipe.compilation) == 1 else ("compilation", index)
 
@@ -70,8 +86,9 @@ def _replica(pipeline: object, allow_hub: bool) -> Family | None:
 
 def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator[Mistake]:
     named: list[tuple[Location, Iterable[str]]] = []
-    if recipe.quantization is not None:
-        named.append((("quantization", "components"), recipe.quantization.components or ()))
+    for index, quantization in enumerate(recipe.quantizations):
+        at: Location = ("quantization", index) if len(recipe.quantizations) > 1 else ("quantization",)
+        named.append(((*at, "components"), quantization.components or ()))
     for index, compilation in enumerate(recipe.compilation):
         named.append(((*_compilation_at(recipe, index), "component"), (compilation.component,)))
     if isinstance(recipe.attention, Mapping):

@@ -16,7 +16,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator, Strict, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    PlainValidator,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from pytest_diffopt.contract import Contract, Memory
@@ -38,7 +46,6 @@ from pytest_diffopt.part import (
     content_of,
     did_you_mean,
     imported,
-    is_torch,
     name_of,
     one_or_many,
     plain,
@@ -48,6 +55,8 @@ from pytest_diffopt.part import (
     unknown_key,
     with_every_mistake,
 )
+from pytest_diffopt.quantization_backends import BACKENDS
+from pytest_diffopt.quantization_backends.backend import dtype_name, implied
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
@@ -55,7 +64,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Caching", "Call", "Compilation", "Contract", "ForecastBudget", "Offloading", "Quantization", "Recipe"]
 
-QuantizationBackend = Literal["bitsandbytes_4bit", "bitsandbytes_8bit"]
+QuantizationBackend = Literal[
+    "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao", "quanto", "gguf", "layerwise_casting"
+]
 Scope = Literal["module", "repeated_blocks"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 MemoryFormat = Literal["contiguous_format", "channels_last", "channels_last_3d"]
@@ -75,11 +86,6 @@ ORDER = ("quantization", "offloading", "compilation")
 
 
 # Field types.
-
-
-def _dtype_name(value: object) -> object:
-    text = str(value) if is_torch(value, "dtype") else value
-    return text.removeprefix("torch.") if isinstance(text, str) else text
 
 
 def _frozen(value: object, mistakes: list[Mistake], location: Location = ()) -> Any:
@@ -183,70 +189,19 @@ Table = Annotated[Mapping[str, Any], PlainValidator(_frozen_table)]
 # Quantization.
 
 
-def _one_of(*words: str, prepare: Callable[[object], object] = lambda value: value) -> Callable[[Any], Any]:
-    def rule(value: object) -> object:
-        prepared = prepare(value)
-        if prepared not in words:
-            raise refused(value, f"{did_you_mean(prepared, words)}allowed: {', '.join(map(repr, words))}")
-        return prepared
-
-    return rule
-
-
-def _true_or_false(value: object) -> object:
-    if not isinstance(value, bool):
-        raise refused(value, "true or false")
-    return value
-
-
-def _true(value: object) -> object:
-    if value is not True:
-        raise refused(value, "true, or leave it out: the backend implies it")
-    return value
-
-
-def _threshold(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise refused(value, "a finite number >= 0")
-    return float(value)  # transformers refuses an int here
-
-
-def _list_of_names(value: object) -> object:
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-        raise refused(value, "a list of strings")
-    return list(value)  # transformers refuses a tuple here
-
-
-_QUANTIZATION_KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "bitsandbytes_4bit": {
-        "load_in_4bit": _true,
-        "bnb_4bit_quant_type": _one_of("nf4", "fp4"),
-        "bnb_4bit_compute_dtype": _one_of("float32", "float16", "bfloat16", prepare=_dtype_name),
-        "bnb_4bit_use_double_quant": _true_or_false,
-        "bnb_4bit_quant_storage": _one_of(
-            "uint8", "int8", "float16", "bfloat16", "float32", "float64", prepare=_dtype_name
-        ),
-    },
-    "bitsandbytes_8bit": {
-        "load_in_8bit": _true,
-        "llm_int8_threshold": _threshold,
-        "llm_int8_skip_modules": _list_of_names,
-        "llm_int8_enable_fp32_cpu_offload": _true_or_false,
-        "llm_int8_has_fp16_weight": _true_or_false,
-    },
-}
-
-
 @with_every_mistake
 @dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
 class Quantization(Part):
     """Which components' Linear layers are quantized, and how.
 
     Args:
-        backend: ``"bitsandbytes_4bit"`` or ``"bitsandbytes_8bit"``.
-        components: their names; None for every component that has Linear layers.
+        backend: ``"bitsandbytes_4bit"``, ``"bitsandbytes_8bit"``, ``"torchao"``, ``"quanto"``, ``"gguf"`` or
+            ``"layerwise_casting"``.
+        components: their names; None for every component that has Linear layers. ``"gguf"`` needs exactly one.
         kwargs: what the backend's config takes, e.g. ``{"bnb_4bit_quant_type": "nf4"}``. Dtypes are kept as their
             names; ``load_in_4bit`` and ``load_in_8bit`` are accepted and left out, since the backend implies them.
+            ``"torchao"`` needs ``quant_type``, a config's name, and takes that config's arguments; ``"gguf"`` needs
+            ``file``, a path or an address on the hub.
         skip_modules: names of modules inside the components that stay as they are.
 
     Raises:
@@ -274,7 +229,8 @@ class Quantization(Part):
         backend = info.data.get("backend")
         if backend is None:
             return kwargs
-        rules = _QUANTIZATION_KEYS[backend]
+        known = BACKENDS[backend]
+        rules = known.rules_of(kwargs)
         kept: dict[str, Any] = {}
         mistakes: list[Mistake] = []
         for key, value in kwargs.items():
@@ -285,15 +241,35 @@ class Quantization(Part):
                     mistakes += [m._replace(location=(key, *m.location)) for m in error.mistakes]
                 continue
             mistake = unknown_key((), key, rules)
-            for other, others_rules in _QUANTIZATION_KEYS.items():
-                if key in others_rules:
+            if key in known.rules:
+                mistake = mistake._replace(
+                    found=f"a key of another {next(iter(known.required))}",
+                    allowed=f"{kwargs[next(iter(known.required))]!r} takes: {', '.join(rules)}",
+                )
+            for other, others in BACKENDS.items():
+                if key in others.rules and key not in known.rules:
                     mistake = mistake._replace(
                         found=f"a key of {other}", allowed=f"{backend} takes: {', '.join(rules)}"
                     )
             mistakes.append(mistake)
+        mistakes += known.together(kept)
         if mistakes:
             raise Mistakes(mistakes)
-        return FrozenDict({key: value for key, value in kept.items() if rules[key] is not _true})
+        return FrozenDict({key: value for key, value in kept.items() if rules[key] is not implied})
+
+    @model_validator(mode="after")
+    def _has_what_the_backend_needs(self) -> Self:
+        mistakes = [
+            Mistake(("kwargs", key), "nothing", f"{self.backend} needs {what}")
+            for key, what in BACKENDS[self.backend].required.items()
+            if key not in self.kwargs
+        ]
+        if mistakes:
+            raise Mistakes(mistakes)
+        if self.backend == "gguf" and (self.components is None or len(self.components) != 1):
+            found = "nothing" if self.components is None else f"{len(self.components)} of them"
+            raise Mistakes([Mistake(("components",), found, "exactly one: a .gguf file holds one component")])
+        return self
 
 
 # Compilation.
@@ -676,8 +652,23 @@ def _tiling(value: object) -> object:
     return value
 
 
-def _parts(value: object) -> object:
+def _none_as_empty(value: object) -> object:
     return () if value is None else value
+
+
+def _alone_as_it_is(quantizations: tuple[Quantization, ...]) -> object:
+    return quantizations if len(quantizations) > 1 else next(iter(quantizations), None)
+
+
+if TYPE_CHECKING:
+    NoneOneOrSeveral = Quantization | tuple[Quantization, ...] | None
+else:
+    NoneOneOrSeveral = Annotated[
+        tuple[Quantization, ...],
+        one_or_many("a table, or a list of tables", (Quantization, Mapping)),
+        BeforeValidator(_none_as_empty),
+        AfterValidator(_alone_as_it_is),
+    ]
 
 
 @with_every_mistake
@@ -690,7 +681,8 @@ class Recipe(Part):
         pipeline: a replica's name, a local directory, a hub id, ``"package.module:factory"``, or a callable that
             returns a pipeline or a ``torch.nn.Module``.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, or the torch.dtype; None: as the pipeline is built.
-        quantization: None for none. Each part may be given as a dict, as in TOML.
+        quantization: one, a list, or None for none; in a list each component is named by one of them at most. Each part
+            may be given as a dict, as in TOML. None, one `Quantization`, or a tuple of several: see `quantizations`.
         compilation: one, a list, or none.
         offloading: None for none.
         dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
@@ -713,12 +705,12 @@ class Recipe(Part):
 
     name: Annotated[str, PlainValidator(_name)]
     pipeline: Annotated[str | Callable[..., Any], PlainValidator(_pipeline)]
-    dtype: Annotated[Dtype, BeforeValidator(_dtype_name)] | None = None
-    quantization: Quantization | None = None
+    dtype: Annotated[Dtype, BeforeValidator(dtype_name)] | None = None
+    quantization: NoneOneOrSeveral = None
     compilation: Annotated[
         tuple[Compilation, ...],
         one_or_many("a table, or a list of tables", (Compilation, Mapping)),
-        BeforeValidator(_parts),
+        BeforeValidator(_none_as_empty),
     ] = ()
     offloading: Offloading | None = None
     dynamo: Annotated[Mapping[str, DynamoValue], PlainValidator(_dynamo)] = dataclasses.field(
@@ -737,7 +729,7 @@ class Recipe(Part):
     caching: Annotated[
         tuple[Caching, ...],
         one_or_many("a table, or a list of tables", (Caching, Mapping)),
-        BeforeValidator(_parts),
+        BeforeValidator(_none_as_empty),
     ] = ()
 
     if TYPE_CHECKING:
@@ -747,7 +739,7 @@ class Recipe(Part):
             name: str,
             pipeline: str | Callable[..., Any],
             dtype: Any = None,
-            quantization: Quantization | Mapping[str, Any] | None = None,
+            quantization: Quantization | Mapping[str, Any] | Sequence[Quantization | Mapping[str, Any]] | None = None,
             compilation: Compilation | Mapping[str, Any] | Sequence[Compilation | Mapping[str, Any]] | None = (),
             offloading: Offloading | Mapping[str, Any] | None = None,
             dynamo: Mapping[str, DynamoValue] = ...,
@@ -761,6 +753,36 @@ class Recipe(Part):
             attention: str | Mapping[str, str] | None = None,
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
         ) -> None: ...
+
+    @field_validator("quantization")
+    @classmethod
+    def _each_quantized_once(cls, quantization: Any) -> Any:
+        several = quantization if isinstance(quantization, tuple) else ()
+        mistakes = []
+        for index, one in enumerate(several):
+            if one.components is None:
+                allowed = "several backends name their components: 'all' is for one alone"
+                mistakes.append(Mistake((index, "components"), "nothing", allowed))
+            for name in one.components or ():
+                first = next(i for i, other in enumerate(several) if name in (other.components or ()))
+                if first < index:
+                    found = f"{name!r}, which quantization[{first}] quantizes already"
+                    mistakes.append(Mistake((index, "components"), found, "quantize each component once"))
+        if mistakes:
+            raise Mistakes(mistakes)
+        return quantization
+
+    @property
+    def quantizations(self) -> tuple[Quantization, ...]:
+        """All of them, in order: none, one or several."""
+        if self.quantization is None:
+            return ()
+        return self.quantization if isinstance(self.quantization, tuple) else (self.quantization,)
+
+    def quantization_for(self, component: str) -> Quantization | None:
+        """The one that means this component, if any does."""
+        meant = (one for one in self.quantizations if one.components is None or component in one.components)
+        return next(meant, None)
 
     @field_validator("compilation")
     @classmethod
@@ -792,11 +814,6 @@ class Recipe(Part):
         if mistakes:
             raise Mistakes(mistakes)
         return offloading
-
-    @property
-    def quantizations(self) -> tuple[Quantization, ...]:
-        """Every quantization of it."""
-        return () if self.quantization is None else (self.quantization,)
 
     @field_validator("caching")
     @classmethod

@@ -43,6 +43,7 @@ __all__ = [
     "offloadings",
     "quantizations",
     "recipes",
+    "several_quantizations",
 ]
 
 _COMPONENTS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2")
@@ -85,10 +86,62 @@ def quantizations() -> st.SearchStrategy[Quantization]:
         "llm_int8_enable_fp32_cpu_offload": st.booleans(),
         "llm_int8_has_fp16_weight": st.booleans(),
     }
-    backends = {"bitsandbytes_4bit": four_bit, "bitsandbytes_8bit": eight_bit}
-    return st.one_of(
-        [_some({"backend": st.just(name)}, common | {"kwargs": _some({}, keys)}) for name, keys in backends.items()]
-    ).map(lambda fields: Quantization(**fields))
+    quanto = {
+        "weights_dtype": st.sampled_from(["int8", "int4", "int2", "float8"]),
+        "modules_to_not_convert": _module_lists,
+    }
+    casting = {
+        "storage_dtype": st.sampled_from(["float8_e4m3fn", "float8_e5m2"]),
+        "compute_dtype": st.sampled_from(_DTYPES),
+        "skip_modules_pattern": st.lists(st.sampled_from(["norm", "^proj_out$"]), max_size=2, unique=True),
+        "skip_modules_classes": st.lists(st.sampled_from(["Embedding", "LayerNorm"]), max_size=2, unique=True),
+        "non_blocking": st.booleans(),
+    }
+    backends: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+        "bitsandbytes_4bit": _some({}, four_bit),
+        "bitsandbytes_8bit": _some({}, eight_bit),
+        "torchao": st.one_of([_torchao(name) for name in ("int8wo", "int8dq", "int4wo", "IntxWeightOnlyConfig")]),
+        "quanto": _some({}, quanto),
+        "layerwise_casting": _some({}, casting),
+    }
+    file = {"file": st.sampled_from(["./own.gguf", "owner/model/weights-Q4_K_S.gguf"])}
+    one_component = {"components": st.sampled_from(_COMPONENTS).map(lambda name: [name])}
+    out_of_a_file = _some(
+        {
+            "backend": st.just("gguf"),
+            **one_component,
+            "kwargs": _some(file, {"compute_dtype": st.sampled_from(_DTYPES)}),
+        },
+        {"skip_modules": _module_lists},
+    )
+    tables = [
+        _some({"backend": st.just(name), "kwargs": keys}, common)
+        if name == "torchao"  # it has an argument that must be given
+        else _some({"backend": st.just(name)}, common | {"kwargs": keys})
+        for name, keys in backends.items()
+    ]
+    return st.one_of([*tables, out_of_a_file]).map(lambda fields: Quantization(**fields))
+
+
+def _torchao(name: str) -> _Fields:
+    arguments: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+        "int8wo": {"granularity": st.sampled_from(["PerRow", "PerTensor", "PerGroup(64)"])},
+        "int8dq": {"act_mapping_type": st.sampled_from(["SYMMETRIC", "ASYMMETRIC"])},
+        "int4wo": {"group_size": st.sampled_from([32, 64, 128, 256])},
+        "IntxWeightOnlyConfig": {"weight_dtype": st.sampled_from(["int2", "int4", "int8"])},
+    }
+    return _some({"quant_type": st.just(name)}, arguments[name] | {"modules_to_not_convert": _module_lists})
+
+
+def several_quantizations() -> st.SearchStrategy[list[Quantization]]:
+    """Two backends, each with components of its own."""
+    halves = st.tuples(quantizations(), quantizations())
+    return halves.map(
+        lambda pair: [
+            Quantization(one.backend, [name], one.kwargs, one.skip_modules)
+            for one, name in zip(pair, _COMPONENTS, strict=False)
+        ]
+    )
 
 
 def compilations() -> st.SearchStrategy[Compilation]:
@@ -223,7 +276,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
             },
             {
                 "dtype": st.none() | st.sampled_from(_DTYPES),
-                "quantization": st.none() | quantizations(),
+                "quantization": st.none() | quantizations() | several_quantizations(),
                 "compilation": st.lists(compilations(), max_size=3, unique_by=lambda made: made.component),
                 "offloading": st.none() | offloadings(),
                 "dynamo": st.builds(lambda a, b: a | b, settings, limits),

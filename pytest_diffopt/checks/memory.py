@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.checks.evidence import Evidence, counted
+from pytest_diffopt.quantization_backends import BACKENDS
+from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -44,9 +46,6 @@ CACHED_SHARE = 0.02
 
 ENOUGH_REPEATS = 3
 """Of a call, to tell a slope and its error."""
-
-SMALLEST_BLOCK = 32
-"""Weights that share one ``absmax``, at the least: the formats say 64, and more scales are a promise not kept."""
 
 REPEATS_JUDGED = 6
 """Of repeated calls: what was kept once, or a ring of buffers until it was full, lies before them."""
@@ -247,25 +246,15 @@ def _larger_than_their_format(layers: tuple[Layer, ...]) -> list[str]:
     return [
         f"{layer.component}.{layer.path}: {human(stored)} in {layer.format}, {human(most)} at most"
         for layer in layers
-        if layer.format in ("nf4", "fp4", "int8")
+        if layer.format not in ("", UNQUANTIZED)
         and (stored := layer.weight_bytes + layer.state_bytes) > (most := format_bytes(layer))
     ]
 
 
 def format_bytes(layer: Layer) -> int:
-    """What a layer of its format takes at most, in bytes.
-
-    4-bit: two weights to a byte, one float32 scale (``absmax``) a block, and a code table; double quantized, one byte a scale,
-    with scales and a code table of its own. 8-bit: a byte a weight, and one float32 scale (``SCB``) a row.
-    """
-    count = layer.parameters
-    if layer.format == "int8":
-        return count + 4 * layer.out_features
-    blocks = math.ceil(count / SMALLEST_BLOCK)
-    codes = 16 * 4
-    if layer.double_quantized:
-        return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / SMALLEST_BLOCK) + codes + 256 * 4 + 4
-    return math.ceil(count / 2) + 4 * blocks + codes
+    """What a layer of its format takes at most, in bytes, its inner tensors included."""
+    library = layer.library or "bitsandbytes"  # observations of before it was written down
+    return next(backend for backend in BACKENDS.values() if backend.library == library).most_bytes(layer)
 
 
 def last_call(memory: MemoryRecord) -> CallMemory:
@@ -348,7 +337,8 @@ def _stays_by_design(given: Evidence, call: CallMemory, component: str) -> int:
     """
     strategy = given.recipe.offloading.strategy if given.recipe.offloading is not None else ""
     if strategy == "group":
-        return sum(layer.state_bytes for layer in given.observation.layers if layer.component == component)
+        own = [layer for layer in given.observation.layers if layer.component == component]
+        return sum(layer.state_bytes for layer in own if layer.library in ("", "bitsandbytes"))  # others: in the weight
     return call.buffers.get(component, 0) if strategy == "sequential" else 0
 
 

@@ -6,10 +6,13 @@ that was silently left out; the wrong format, or one without the double quantiza
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, shortened
 from pytest_diffopt.preparation.quantization import is_named
+from pytest_diffopt.quantization_backends import BACKENDS
+from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -17,19 +20,20 @@ if TYPE_CHECKING:
 
 NAME = "quantization"
 
-FORMATS = {"bitsandbytes_4bit": ("nf4", "fp4"), "bitsandbytes_8bit": ("int8",)}
+_PLAIN_IN_A_FILE = ("float32", "float16", "bf16")
+"""Types of tensors in a ``.gguf`` file that are not quantized; diffusers loads BF16 into a layer of gguf's all the same."""
 
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    quantization = given.recipe.quantization
+    quantizations = given.recipe.quantizations
     layers = given.observation.layers
-    if quantization is None:
+    if not quantizations:
         return given.unverified(NAME, "the recipe quantizes nothing")
     if not layers and (verdict := given.did_not_run(NAME)):
         return verdict
     present = {layer.component for layer in layers}
-    meant = quantization.components if quantization.components is not None else tuple(sorted(present))
+    meant = tuple(name for one in quantizations for name in (one.components or sorted(present)))
     problems: list[str] = []
     evidence: list[str] = []
     quantized_layers: list[Layer] = []
@@ -67,58 +71,64 @@ def judge(given: Evidence) -> Verdict:
     }
     if problems:
         return given.failed(NAME, "; ".join(problems[:3]), evidence=shortened(evidence + problems[3:]), **figures)
+    plain = [layer for layer in layers if layer.component in meant and layer.linear and layer.format in ("", "BF16")]
+    if plain:
+        figures["left_plain"] = len(plain)
     return given.passed(
         NAME,
         f"{counted(len(quantized_layers), 'layer')} of {', '.join(meant)} in {_formats(quantized_layers)}, "
         f"{figures['bits_per_weight']} bits a weight",
+        evidence=shortened([f"left plain, as the recipe or the library says: {_where(layer)}" for layer in plain]),
         **figures,
     )
 
 
+def _where(layer: Layer) -> str:
+    return f"{layer.component}.{layer.path} in {layer.format or layer.dtype}"
+
+
 def _formats(layers: list[Layer]) -> str:
-    return ", ".join(sorted({layer.format for layer in layers}))
+    """The formats; of a file in which each layer has its own, how many have each."""
+    count = Counter(layer.format for layer in layers)
+    mixed = len(count) > 1 and any(layer.library == "gguf" for layer in layers)
+    return ", ".join(f"{form} ({count[form]})" if mixed else form for form in sorted(count))
 
 
 def _is_skipped(given: Evidence, layer: Layer) -> bool:
-    quantization = given.recipe.quantization
-    assert quantization is not None
-    skipped = (*quantization.skip_modules, *quantization.kwargs.get("llm_int8_skip_modules", ()))
-    return any(is_named(layer.path, skip) for skip in skipped)
+    quantization = given.recipe.quantization_for(layer.component)
+    if quantization is None:
+        return False
+    return any(is_named(layer.path, skip) for skip in BACKENDS[quantization.backend].named_out(quantization))
 
 
 def _is_kept_plain(given: Evidence, layer: Layer) -> bool:
     """Whether the recipe, or the library by its own published list, keeps the layer out of quantization."""
     record = given.component(layer.component)
     kept = (*record.kept_plain, *record.kept_float32) if record is not None else ()
+    if record is not None and record.types_of_file.get(layer.path, "").casefold() in _PLAIN_IN_A_FILE:
+        return True
     return _is_skipped(given, layer) or any(is_named(layer.path, name) for name in kept)
 
 
 def _wrong(given: Evidence, layer: Layer) -> str:
     """What is wrong with a layer that was meant to be quantized; empty where nothing is."""
-    quantization = given.recipe.quantization
+    quantization = given.recipe.quantization_for(layer.component)
     assert quantization is not None
+    backend = BACKENDS[quantization.backend]
     if layer.format == "":
         return f"a plain {layer.kind.rpartition('.')[2]} in {layer.dtype}"
-    if layer.format == "unquantized":
+    if layer.format == UNQUANTIZED:
         return (
             f"a {layer.kind.rpartition('.')[2]} whose weight was never quantized: {layer.weight_bytes} bytes "
             f"of {layer.dtype} for {layer.parameters} weights"
         )
-    if layer.format not in FORMATS[quantization.backend]:
+    if layer.library != backend.library:
         return f"in {layer.format}, not {quantization.backend}"
-    kwargs = quantization.kwargs
-    if quantization.backend == "bitsandbytes_4bit":
-        wanted = kwargs.get("bnb_4bit_quant_type", "fp4")
-        if layer.format != wanted:
-            return f"in {layer.format}, not {wanted}"
-        if bool(kwargs.get("bnb_4bit_use_double_quant", False)) != layer.double_quantized:
-            return "double-quantized, though not asked for" if layer.double_quantized else "not double-quantized"
-        compute = kwargs.get("bnb_4bit_compute_dtype")
-        if compute is not None and layer.compute_dtype != compute:
-            return f"computes in {layer.compute_dtype or 'whatever comes in'}, not {compute}"
-    if layer.state_bytes == 0:
-        return "its inner tensors (absmax or SCB) are missing"
-    return ""
+    record = given.component(layer.component)
+    in_file = record.types_of_file.get(layer.path) if record is not None else None
+    if in_file is not None and in_file != layer.format:
+        return f"in {layer.format}, and the file has it in {in_file}"
+    return backend.wrong(quantization, layer)
 
 
 def _wrong_dtypes(given: Evidence) -> list[str]:

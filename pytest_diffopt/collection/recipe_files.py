@@ -199,8 +199,7 @@ def keywords_of(recipe: Recipe) -> set[str]:
     words = {"diffopt", recipe.name}
     if isinstance(recipe.pipeline, str):
         words.add(recipe.pipeline)
-    if recipe.quantization is not None:
-        words |= {"quantization", recipe.quantization.backend}
+    words |= {word for one in recipe.quantizations for word in ("quantization", one.backend)}
     for compilation in recipe.compilation:
         backend = compilation.backend
         words |= {"compilation", compilation.scope, backend if isinstance(backend, str) else ""}

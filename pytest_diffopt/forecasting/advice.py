@@ -293,7 +293,7 @@ def cost_of(recipe: Recipe, forecast: Forecast, steps: int) -> Cost:
     return Cost(
         max(0, moved) // steps,
         overlapped=recipe.offloading is not None and recipe.offloading.use_stream,
-        quantization=recipe.quantization.backend if recipe.quantization is not None else "",
+        quantization=recipe.quantizations[0].backend if recipe.quantizations else "",
         tiled=bool(recipe.vae_tiling),
     )
 

@@ -44,6 +44,7 @@ from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
 from pytest_diffopt.preparation.pipeline import Prepared, prepare
+from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.replicas.catalogue import registry
 from pytest_diffopt.replicas.checkpoint import PUBLISHED_SHARD_BYTES, write_checkpoint
 from pytest_diffopt.replicas.description import Description, kind, parameter_count
@@ -146,8 +147,13 @@ def _described(recipe: Recipe, model: str | None) -> Description:
         )
     modules = [name for name, component in description.components.items() if kind(component) == "module"]
     parts: list[tuple[str, Sequence[str]]] = [("compilation", [one.component for one in recipe.compilation])]
-    if recipe.quantization is not None:
-        parts.append(("quantization", recipe.quantization.components or ()))
+    for quantization in recipe.quantizations:
+        if not BACKENDS[quantization.backend].forecasts:
+            known = ", ".join(name for name, backend in BACKENDS.items() if backend.forecasts)
+            raise ForecastError(
+                f"{recipe.name}: what {quantization.backend} takes is not forecast yet; of the backends {known} are."
+            )
+        parts.append(("quantization", quantization.components or ()))
     if recipe.offloading is not None:
         parts.append(("offloading", recipe.offloading.components or ()))
     for part, names in parts:
@@ -439,10 +445,7 @@ class _Run:
         self.parameters[name] = parameter_count(module)
 
     def _quantizes_t5(self, recipe: Recipe) -> bool:
-        if recipe.quantization is None:
-            return False
-        meant = recipe.quantization.components
-        return any(meant is None or name in meant for name in self._t5_encoders())
+        return any(recipe.quantization_for(name) is not None for name in self._t5_encoders())
 
     def _t5_encoders(self) -> list[str]:
         return [name for name, one in self.description.components.items() if one.class_name in _T5]

@@ -136,12 +136,15 @@ class Layer:
     Attributes:
         path: inside the component.
         kind: the class, e.g. ``bitsandbytes.nn.modules.Linear4bit``.
-        format: ``""`` where plain, else what its weight really holds: ``"nf4"``, ``"fp4"``, ``"int8"``;
+        format: ``""`` where plain, else what its weight really holds: ``"nf4"``, ``"int8"``, ``"Q4_K"``, …;
             ``"unquantized"`` for a quantized class whose weight never was.
         dtype: of the stored weight.
         compute_dtype: of the multiplication, where the layer says.
         weight_bytes: of the stored weight; ``state_bytes``: of its inner tensors (``absmax``, ``SCB``, …).
         linear: False for a quantized table of embeddings.
+        library: ``"bitsandbytes"``, ``"torchao"``, ``"quanto"``, ``"gguf"``, ``"layerwise_casting"``; ``""`` where plain.
+        activations: the format into which each product quantizes them; ``""`` where it does not.
+        granularity: of the scales, ``"PerTensor"``, ``"PerRow"`` or ``"PerGroup(128)"``, where the library says.
         parameters: the number of weights that the layer stands for (in_features × out_features).
     """
 
@@ -157,6 +160,9 @@ class Layer:
     state_bytes: int
     double_quantized: bool = False
     linear: bool = True
+    library: str = ""
+    activations: str = ""
+    granularity: str = ""
 
     @property
     def parameters(self) -> int:
@@ -458,6 +464,7 @@ class ComponentRecord:
         disabled: compiled paths whose forward Dynamo is told to leave alone.
         kept_plain, kept_float32: modules that the libraries leave unquantized, or in float32, by their own lists.
         kept_resident: the pipeline's class keeps it on the accelerator when it is offloaded.
+        types_of_file: path of a Linear layer → its weight's type in the ``.gguf`` file that it was loaded from.
         shared_bytes: of its parameters, those that a component before it holds too.
     """
 
@@ -472,6 +479,7 @@ class ComponentRecord:
     kept_float32: tuple[str, ...] = ()
     kept_resident: bool = False
     shared_bytes: int = 0
+    types_of_file: dict[str, str] = field(default_factory=dict)
 
     @property
     def own_bytes(self) -> int:

@@ -23,7 +23,7 @@ from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.observation import private_torch
 from pytest_diffopt.observation.compilation import CompileWatch, short_path
 from pytest_diffopt.observation.dispatching import AttentionWatch, CacheWatch
-from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest, tensor_bytes
+from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest
 from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
     DISABLED,
@@ -51,12 +51,22 @@ from pytest_diffopt.observation.probes import (
 from pytest_diffopt.preparation import attention, caching, compilation
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
+from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
+from pytest_diffopt.quantization_backends.backend import bytes_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "pytest-diffopt")
-QUIET_LOGGERS = ("diffusers", "transformers", "accelerate", "bitsandbytes", "torch._dynamo", "torch._inductor")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", *DISTRIBUTIONS, "pytest-diffopt")
+QUIET_LOGGERS = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+    "torch._dynamo",
+    "torch._inductor",
+)
 REPEATS_WHERE_MEMORY_GREW = 4
 """More calls, for the memory alone, of each kind after which more was kept than before."""
 
@@ -98,7 +108,7 @@ def observe(
         accelerator = select(accelerator)
     accelerator = accelerator or select()
     with quietly():
-        import_libraries()
+        import_libraries(recipe)
     run = Run(recipe, accelerator, allow_hub, compile_backend, progress)
     run.force_eager = force_eager
     if precise is None:
@@ -144,9 +154,11 @@ _IMPORTED_FIRST = (
 )
 
 
-def import_libraries() -> None:
+def import_libraries(recipe: Recipe | None = None) -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
-    for name in _IMPORTED_FIRST:
+    quantizations = recipe.quantizations if recipe is not None else ()
+    own = [name for one in quantizations for name in BACKENDS[one.backend].imports]
+    for name in (*_IMPORTED_FIRST, *own):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
@@ -386,7 +398,7 @@ class Run:
             layers, others = manifest(name, root)
             self.layers += layers
             self.other_parameters += others
-            parameters = {id(parameter): tensor_bytes(parameter) for parameter in root.parameters()}
+            parameters = {id(parameter): bytes_of(parameter) for parameter in root.parameters()}
             shared = sum(size for one, size in parameters.items() if one in seen)
             seen |= parameters.keys()
             self.components.append(
@@ -402,6 +414,7 @@ class Run:
                     kept_plain=prepared.kept_plain.get(name, ()),
                     kept_float32=prepared.kept_float32.get(name, ()),
                     kept_resident=name in prepared.offloaded.kept_resident,
+                    types_of_file=prepared.types_of_file.get(name, {}),
                 )
             )
 

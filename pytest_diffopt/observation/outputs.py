@@ -92,7 +92,8 @@ class OutputRecorder:
         step = self._steps.get(key, 0)
         self._steps[key] = step + 1
         with torch.no_grad():
-            for leaf, tensor in leaves(value):
+            for leaf, found in leaves(value):
+                tensor = _bare(found)
                 if tensor.layout != torch.strided:
                     tensor = tensor.to_dense()
                 copy = tensor.detach().to("cpu", copy=True)
@@ -123,6 +124,19 @@ class OutputRecorder:
     def outputs(self) -> tuple[Output, ...]:
         """Everything recorded, as plain data."""
         return tuple(_output(kept) for kept in self._kept)
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a plain tensor, of a class that does its own arithmetic.
+
+    Compiled code with gguf's weights returns activations that are of the weights' class, whose shapes it takes for packed.
+    """
+    import torch
+
+    if type(tensor) is torch.Tensor or hasattr(type(tensor), "__tensor_flatten__"):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
 
 
 def _differs(kept: _Kept) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_diffopt.observation.compilation import meant_codes
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.preparation import compilation
+from pytest_diffopt.preparation.linear_layers import backend_of
 from pytest_diffopt.preparation.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
@@ -191,6 +192,9 @@ def widen(prepared: Prepared) -> torch.dtype:
     """Make a live pipeline compute in the next wider dtype; weights keep their values. Returns that dtype.
 
     Quantized layers keep their quantized weights and multiply in the wider dtype where they allow it (8-bit does not).
+
+    Raises:
+        NotImplementedError: they do not, with the reason.
     """
     import torch
 
@@ -202,11 +206,8 @@ def widen(prepared: Prepared) -> torch.dtype:
         raise NotImplementedError("quantized layers do not multiply in float64")
     for module in prepared.components.values():
         for layer in module.modules():
-            if hasattr(getattr(layer, "weight", None), "quant_state"):
-                quantized: Any = layer
-                quantized.compute_dtype = wide
-                if quantized.weight.quant_state is not None:
-                    quantized.weight.quant_state.dtype = wide
+            if (backend := backend_of(layer)) is not None:
+                backend.widen(layer, wide)
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != wide:
                     setattr(layer, name, torch.nn.Parameter(parameter.detach().to(wide), requires_grad=False))

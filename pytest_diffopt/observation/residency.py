@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
+from pytest_diffopt.quantization_backends.backend import parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -198,15 +199,13 @@ def _parts(tensor: Any) -> Iterator[torch.Tensor]:
     """The tensors with memory that a tensor is made of: itself, or those inside a wrapper."""
     import torch
 
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    elif (
-        isinstance(tensor, torch.Tensor)
-        and tensor.layout == torch.strided
-        and not (tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor))
-    ):
-        yield tensor
+    for _, part in parts_of(tensor):
+        if (
+            isinstance(part, torch.Tensor)
+            and part.layout == torch.strided
+            and not (part.device.type == "meta" or torch.nn.parameter.is_lazy(part))
+        ):
+            yield part
 
 
 def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_bytes: int) -> Residency:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.quantization_backends import BACKENDS
 
 if TYPE_CHECKING:
     import torch
+
+    from pytest_diffopt.quantization_backends.backend import Backend
 
 
 def is_linear_like(module: torch.nn.Module) -> bool:
@@ -21,6 +25,14 @@ def is_linear_like(module: torch.nn.Module) -> bool:
     )
 
 
+def backend_of(module: Any) -> Backend | None:
+    """The backend one of whose layers a module is; its weight may still be plain.
+
+    Of two backends of one library the first: they read its layers alike.
+    """
+    return next((backend for backend in BACKENDS.values() if backend.is_layer(module)), None)
+
+
 def is_quantized_class(module: object) -> bool:
-    """Whether a module is of a quantization library's class, or of one derived from it; its weight may still be plain."""
-    return any(base.__module__.split(".")[0] == "bitsandbytes" for base in type(module).__mro__)
+    """Whether a module is a layer of a quantization backend; its weight may still be plain."""
+    return backend_of(module) is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.quantization_backends import layerwise_casting
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,8 @@ def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:
                     hook.group.onload_()  # the file alone has the weights
         for registry in registries:
             for name in list(getattr(registry, "hooks", {})):
-                registry.remove_hook(name, recurse=False)
+                if name != layerwise_casting.HOOK:  # no offloading, and it cannot be removed
+                    registry.remove_hook(name, recurse=False)
         if any(parameter.device.type not in ("cpu", "meta") for parameter in module.parameters()):
             module.to("cpu")
 

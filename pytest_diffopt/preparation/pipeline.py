@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
+from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Prepared:
         components: name → module, as the pipeline holds them.
         is_model: the pipeline is a plain ``torch.nn.Module``.
         kept_plain, kept_float32: component → modules that the libraries leave unquantized, or in float32.
+        types_of_file: component → Linear layer → its type in the ``.gguf`` file that it was loaded from.
     """
 
     recipe: Recipe
@@ -46,6 +48,7 @@ class Prepared:
     compiled_before: set[int] = field(default_factory=set)
     kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    types_of_file: dict[str, dict[str, str]] = field(default_factory=dict)
     offloaded: offloading.Offloaded = field(default_factory=offloading.Offloaded)
     switched: autoencoder.Switched = field(default_factory=autoencoder.Switched)
     attended: attention.Attended = field(default_factory=attention.Attended)
@@ -192,10 +195,12 @@ def prepare(
         PreparationError: with the cause, where a part of the recipe cannot be done.
         ReplicaError: the pipeline's name resolves to nothing.
     """
+    quantization.import_backends(recipe.quantizations)
     with quiet_libraries():
         prepared = _built(recipe, accelerator, allow_hub=allow_hub)
     for name, module in prepared.components.items():
-        prepared.kept_plain[name] = quantization.kept_plain(module)
+        prepared.kept_plain[name] = quantization.kept_plain(module, recipe.quantization_for(name))
+        prepared.types_of_file[name] = quantization.types_of_file(module)
         prepared.kept_float32[name] = quantization.kept_float32(module)
         module.eval()
     prepared.compiled_before = compilation.compiled_ids(prepared.components)
@@ -238,10 +243,12 @@ def _place(prepared: Prepared) -> None:
 def _quantize(prepared: Prepared) -> None:
     """In place, where the pipeline was not quantized when it was built or loaded."""
     recipe = prepared.recipe
-    # A factory that quantized anything itself is judged as it stands; nothing is mended behind its back.
-    if recipe.quantization is not None and not quantization.has_quantized_layers(prepared.components.values()):
-        device = prepared.accelerator.device
-        quantization.quantize_in_place(prepared.components, recipe.quantization, device)
+    meant = recipe.quantizations
+    if quantization.has_quantized_layers(prepared.components.values()):
+        # A factory that quantized anything itself is judged as it stands; nothing is mended behind its back.
+        meant = () if _is_factory(recipe) else tuple(one for one in meant if not BACKENDS[one.backend].while_loading)
+    for one in meant:
+        quantization.quantize_in_place(prepared.components, one, prepared.accelerator.device)
     quantization.use_default_kernels(prepared.components, prepared.accelerator)
 
 
@@ -310,7 +317,7 @@ def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
         "torch_dtype": dtype,
         "dtype": dtype,
         "device": accelerator.device,
-        "quantization_config": quantization.pipeline_config(recipe.quantization) if recipe.quantization else None,
+        "quantization_config": quantization.pipeline_config(recipe.quantizations),
     }
     with quantization.quantizers_accept(accelerator):
         pipeline = factory(**_accepted(factory, offered))
@@ -369,13 +376,18 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
     kwargs: dict[str, Any] = {}
     if recipe.dtype:
         kwargs["torch_dtype"] = getattr(torch, recipe.dtype)
-    if recipe.quantization is not None and recipe.order[0] == "quantization":
-        kwargs["quantization_config"] = quantization.pipeline_config(recipe.quantization)
+    if recipe.order[0] == "quantization":
+        if (config := quantization.pipeline_config(recipe.quantizations)) is not None:
+            kwargs["quantization_config"] = config
+        path = str(resolved.path_or_id)
+        kwargs |= quantization.components_out_of_files(
+            recipe, path, allow_hub=allow_hub, dtype=kwargs.get("torch_dtype")
+        )
     with quantization.quantizers_accept(accelerator):
         pipeline: Any = DiffusionPipeline.from_pretrained(resolved.path_or_id, **kwargs)
     components = _components(pipeline)
-    if recipe.quantization is not None:
-        for name in recipe.quantization.components or ():
+    for one in recipe.quantizations:
+        for name in one.components or ():
             if name not in components:
                 raise PreparationError(
                     f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"

@@ -1,51 +1,140 @@
 """Quantizes a pipeline the way its users do: through diffusers' own loading, on machines with no GPU too.
 
-The quantizers of diffusers refuse to load where there is no GPU, though the layers themselves run on the host. Their two
-gates are opened inside a scope, and given back.
+bitsandbytes' quantizers in diffusers refuse to load where there is no GPU, though the layers themselves run on the host.
+Their two gates are opened inside a scope, and given back. The other backends have none. What belongs to one backend
+alone is in `pytest_diffopt.quantization_backends`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.preparation.linear_layers import is_quantized_class
+from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
+from pytest_diffopt.quantization_backends import BACKENDS
+from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_diffopt.accelerators import Accelerator
-    from pytest_diffopt.recipe import Quantization
+    from pytest_diffopt.quantization_backends.backend import Backend
+    from pytest_diffopt.recipe import Quantization, Recipe
 
-_DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+
+def import_backends(quantizations: Iterable[Quantization]) -> None:
+    """Import the libraries of a recipe's backends, and no other: some are slow, and imports change globals.
+
+    Raises:
+        PreparationError: one is not installed.
+    """
+    for quantization in quantizations:
+        backend = BACKENDS[quantization.backend]
+        for name in backend.imports:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise PreparationError(
+                    f"quantization: {backend.name} needs {backend.distribution}, which cannot be imported ({error}); "
+                    f"pip install {backend.distribution}"
+                ) from error
 
 
 def library_kwargs(quantization: Quantization) -> dict[str, Any]:
     """A recipe's quantization in the library's own terms: dtypes as objects, the flag that names the format set."""
-    import torch
-
-    kwargs: dict[str, Any] = dict(quantization.kwargs)
-    for key in _DTYPE_KEYS:
-        if isinstance(kwargs.get(key), str):
-            kwargs[key] = getattr(torch, kwargs[key])
-    kwargs["load_in_4bit" if quantization.backend == "bitsandbytes_4bit" else "load_in_8bit"] = True
-    if quantization.skip_modules:
-        kwargs["llm_int8_skip_modules"] = [*kwargs.get("llm_int8_skip_modules", []), *quantization.skip_modules]
-    return kwargs
+    return BACKENDS[quantization.backend].library_kwargs(quantization)
 
 
-def pipeline_config(quantization: Quantization) -> Any:
-    """The ``PipelineQuantizationConfig`` that diffusers loads a pipeline with."""
+def pipeline_config(quantizations: Iterable[Quantization]) -> Any:
+    """The ``PipelineQuantizationConfig`` that diffusers loads a pipeline with; None where loading quantizes nothing.
+
+    Args:
+        quantizations: a recipe's.
+    """
     from diffusers.quantizers import PipelineQuantizationConfig
 
-    components = quantization.components
-    return PipelineQuantizationConfig(
-        quant_backend=quantization.backend,
-        quant_kwargs=library_kwargs(quantization),
-        components_to_quantize=list(components) if components is not None else None,
+    loaded = [one for one in quantizations if BACKENDS[one.backend].while_loading and BACKENDS[one.backend].in_place]
+    if not loaded:
+        return None
+    if len(loaded) == 1 and loaded[0].backend.startswith("bitsandbytes_"):
+        components = loaded[0].components
+        return PipelineQuantizationConfig(
+            quant_backend=loaded[0].backend,
+            quant_kwargs=library_kwargs(loaded[0]),
+            components_to_quantize=list(components) if components is not None else None,
+        )
+
+    class Mapped(PipelineQuantizationConfig):  # type: ignore[misc]
+        """As with ``quant_mapping``; which library's config a component needs is known where it is loaded, not before."""
+
+        def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+            for one in loaded:
+                if one.components is None or module_name in one.components:
+                    config = BACKENDS[one.backend].config(one, of_diffusers=is_diffusers)
+                    self.config_mapping[module_name] = config
+                    return config
+            return None
+
+    return Mapped(
+        quant_mapping={
+            name: BACKENDS[one.backend].config(one, of_diffusers=True)
+            for one in loaded
+            for name in one.components or ("",)
+        }
     )
+
+
+def components_out_of_files(
+    recipe: Recipe, pipeline_path: str, *, allow_hub: bool, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Components whose weights are a ``.gguf`` file's, loaded by diffusers' ``from_single_file``, by name.
+
+    Args:
+        pipeline_path: the pipeline's directory or hub id, whose config the component has.
+
+    Raises:
+        PreparationError: the pipeline has no such component, or its class reads no single files.
+    """
+    loaded: dict[str, Any] = {}
+    for quantization in recipe.quantizations:
+        if quantization.backend == "gguf":
+            (name,) = quantization.components or ("",)
+            loaded[name] = _out_of_a_file(quantization, name, pipeline_path, allow_hub=allow_hub, dtype=dtype)
+    return loaded
+
+
+def _out_of_a_file(
+    quantization: Quantization, name: str, pipeline_path: str, *, allow_hub: bool, dtype: torch.dtype | None
+) -> Any:
+    import diffusers
+
+    from pytest_diffopt.quantization_backends.gguf import types_of_file
+    from pytest_diffopt.replicas import gguf_files
+
+    index = diffusers.DiffusionPipeline.load_config(pipeline_path)
+    parts = {part: of for part, of in index.items() if isinstance(of, list) and of and of[0]}
+    if name not in parts:
+        raise PreparationError(f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(parts))}")
+    library, class_name = parts[name]
+    component_class: Any = getattr(diffusers, class_name, None) if library == "diffusers" else None
+    if not hasattr(component_class, "from_single_file"):
+        raise PreparationError(
+            f"quantization: {name} is a {class_name} of {library}, and diffusers' from_single_file is what reads .gguf files"
+        )
+    with gguf_files.loadable():
+        file = gguf_files.resolve(quantization.kwargs["file"], allow_hub=allow_hub)
+        component = component_class.from_single_file(
+            file,
+            config=str(pipeline_path),
+            subfolder=name,
+            quantization_config=BACKENDS["gguf"].config(quantization, of_diffusers=True),
+            torch_dtype=dtype,
+        )
+        component._diffopt_types_of_file = types_of_file(file, component)
+    return component
 
 
 @contextlib.contextmanager
@@ -86,70 +175,30 @@ def quantize_in_place(
     Raises:
         PreparationError: a component is not there.
     """
-    import bitsandbytes as bnb
     import torch
 
+    backend = BACKENDS[quantization.backend]
     meant = quantization.components if quantization.components is not None else tuple(components)
-    kwargs = library_kwargs(quantization)
-    skipped = tuple(kwargs.get("llm_int8_skip_modules", ()))
+    skipped = backend.named_out(quantization)
     for name in meant:
         if name not in components:
             raise PreparationError(
                 f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
             )
         kept = kept_float32(components[name])
-        for path, layer in list(components[name].named_modules()):
-            if not isinstance(layer, torch.nn.Linear) or is_quantized_class(layer):
-                continue
-            if any(is_named(path, skip) for skip in (*skipped, *kept)):
-                continue
-            new: Any
-            if quantization.backend == "bitsandbytes_4bit":
-                new = bnb.nn.Linear4bit(
-                    layer.in_features,
-                    layer.out_features,
-                    bias=layer.bias is not None,
-                    compute_dtype=kwargs.get("bnb_4bit_compute_dtype") or layer.weight.dtype,
-                    compress_statistics=bool(kwargs.get("bnb_4bit_use_double_quant", False)),
-                    quant_type=kwargs.get("bnb_4bit_quant_type", "fp4"),
-                    quant_storage=kwargs.get("bnb_4bit_quant_storage") or torch.uint8,
-                    device="meta",
-                )
-                new.weight = bnb.nn.Params4bit(
-                    layer.weight.data,
-                    requires_grad=False,
-                    compress_statistics=new.weight.compress_statistics,
-                    quant_type=new.weight.quant_type,
-                    quant_storage=new.weight.quant_storage,
-                    module=new,
-                )
-            else:
-                new = bnb.nn.Linear8bitLt(
-                    layer.in_features,
-                    layer.out_features,
-                    bias=layer.bias is not None,
-                    has_fp16_weights=bool(kwargs.get("llm_int8_has_fp16_weight", False)),
-                    threshold=float(kwargs.get("llm_int8_threshold", 6.0)),
-                    device="meta",
-                )
-                new.weight = bnb.nn.Int8Params(
-                    layer.weight.data, requires_grad=False, has_fp16_weights=new.state.has_fp16_weights
-                )
-            new.bias = layer.bias
-            new.train(layer.training)
-            _set_module(components[name], path, new.to(device))
+        paths = [
+            path
+            for path, layer in components[name].named_modules()
+            if isinstance(layer, torch.nn.Linear)
+            and not is_quantized_class(layer)
+            and not any(is_named(path, skip) for skip in (*skipped, *kept))
+        ]
+        backend.quantize(components[name], paths, quantization, device)
 
 
 def is_named(path: str, skip: str) -> bool:
     """Whether a skip list's entry names a layer: the whole path, its beginning, or one of its parts (as the libraries do)."""
     return path == skip or path.startswith(skip + ".") or skip in path.split(".") or path.endswith("." + skip)
-
-
-def _set_module(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    if not path:
-        raise PreparationError("quantization: the component is itself a Linear layer; put it inside a module")
-    parent, _, last = path.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
 
 
 def use_default_kernels(components: Mapping[str, torch.nn.Module], accelerator: Accelerator) -> None:
@@ -166,11 +215,22 @@ def use_default_kernels(components: Mapping[str, torch.nn.Module], accelerator: 
                 layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def kept_plain(component: torch.nn.Module) -> tuple[str, ...]:
-    """Modules that the library itself keeps out of quantization in this component, by the names in its skip list."""
+def kept_plain(component: torch.nn.Module, quantization: Quantization | None = None) -> tuple[str, ...]:
+    """Modules that the library itself keeps out of quantization in this component.
+
+    By the names in its skip list, and where a backend has rules instead, by the paths of the layers that these leave.
+    """
     quantizer = getattr(component, "hf_quantizer", None)
-    names = getattr(quantizer, "modules_to_not_convert", None) or ()
-    return tuple(str(name) for name in names)
+    names = [str(name) for name in getattr(quantizer, "modules_to_not_convert", None) or () if name is not None]
+    if quantization is not None:
+        names += BACKENDS[quantization.backend].kept_plain(component, quantization)
+    return tuple(names)
+
+
+def types_of_file(component: torch.nn.Module) -> dict[str, str]:
+    """Path of a Linear layer → the type that the file it was loaded from has for its weight; empty of any other component."""
+    types = getattr(component, "_diffopt_types_of_file", None) or {}
+    return {name.removesuffix(".weight"): kind for name, kind in types.items() if name.endswith(".weight")}
 
 
 def kept_float32(component: torch.nn.Module) -> tuple[str, ...]:
@@ -182,11 +242,27 @@ def kept_float32(component: torch.nn.Module) -> tuple[str, ...]:
 
 
 def quantization_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """The backend and keyword arguments, in a recipe's words, by which a live component was quantized; None for none."""
-    if not has_quantized_layers([module]):
-        return None
-    config = getattr(getattr(module, "hf_quantizer", None), "quantization_config", None)
-    said = config.to_diff_dict() if config is not None else {}
-    return "bitsandbytes_4bit" if said.get("load_in_4bit") else "bitsandbytes_8bit", {
-        key: value for key, value in said.items() if key.startswith("bnb_4bit") and key != "bnb_4bit_quant_storage"
-    }
+    """The backend and the recipe's kwargs that would quantize a live module as it is; None where no layer is quantized.
+
+    Read off its layers' tensors and hooks, not off its config, which says so after ``dequantize()`` too. The kwargs are
+    what a recipe takes and TOML holds, but for gguf's ``file``, which nothing in a module remembers. Of several backends
+    in one module it is the one with most layers.
+    """
+    found: dict[str, list[Any]] = {}
+    for layer in module.modules():
+        if not is_linear_like(layer):
+            continue
+        for name, backend in BACKENDS.items():
+            if backend.is_layer(layer) and _is_quantized(backend, layer):
+                found.setdefault(name, []).append(layer)
+    best: tuple[int, str, dict[str, Any]] | None = None
+    for name, layers in found.items():
+        kwargs = BACKENDS[name].kwargs_of(module, layers)
+        if kwargs is not None and (best is None or len(layers) > best[0]):
+            best = (len(layers), name, kwargs)
+    return None if best is None else best[1:]
+
+
+def _is_quantized(backend: Backend, layer: Any) -> bool:
+    held = backend.read(layer, layer.in_features * layer.out_features)
+    return held is not None and held.format != UNQUANTIZED

@@ -91,7 +91,7 @@ def _ensure(family: Family, hub_id: str, spelling: str, save: Callable[[Path], N
     try:
         if not is_whole(snapshot):
             _build(family, hub_id, snapshot, save)
-        _point_main_at(repository, commit)
+        point_main_at(repository, commit)
     except OSError as error:
         raise ReplicaError(
             f"{family.name}: the replica cannot be written below {cache_directory()} ({error}); "
@@ -123,19 +123,25 @@ def _version_directory() -> Path:
 
 
 def _build(family: Family, hub_id: str, snapshot: Path, save: Callable[[Path], None]) -> None:
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and moved in one step: whoever is killed, or comes second, leaves no half of a snapshot.
+    aside = workplace(family.name)
+    try:
+        save(aside)
+        _write_manifest(family, hub_id, aside)
+        _move_in(aside, snapshot)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def workplace(stem: str) -> Path:
+    """A new directory beside the hub's, for what is not whole yet; whoever asks for it removes it."""
     building = _version_directory() / "building"
     building.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(building)
-    snapshot.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and moved in one step: whoever is killed, or comes second, leaves no half of a snapshot.
-    workplace = building / _unique(family.name)
-    workplace.mkdir()
-    try:
-        save(workplace)
-        _write_manifest(family, hub_id, workplace)
-        _move_in(workplace, snapshot)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+    made = building / _unique(stem)
+    made.mkdir()
+    return made
 
 
 def _built(family: Family, hub_id: str | None) -> Any:
@@ -210,7 +216,8 @@ def _move_in(workplace: Path, snapshot: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _point_main_at(repository: Path, commit: str) -> None:
+def point_main_at(repository: Path, commit: str) -> None:
+    """Let a repository's main be that commit, in one step."""
     reference = repository / "refs" / "main"
     if reference.is_file() and reference.read_text(encoding="utf-8") == commit:
         return

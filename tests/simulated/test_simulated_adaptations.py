@@ -27,6 +27,7 @@ from pytest_diffopt.replicas import ensure
 
 pytest.importorskip("diffusers")
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 # For versions before the installed ones, or whose answer is the same in them.
 WITHOUT_A_CASE = {
@@ -228,6 +229,14 @@ def pipeline_loaded_onto_the_device() -> tuple[Any, Any]:
     return pipeline.hf_device_map, pipeline.unet.device.type
 
 
+def both_sides_in_float8() -> str:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    layer = torch.nn.Linear(32, 32).to(torch.bfloat16)
+    quantize_(layer, Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False))
+    return type(layer.weight).__name__
+
+
 FILES: list[Path] = []
 
 
@@ -296,6 +305,7 @@ CASES = {
     "accelerate.utils.bnb:load_and_quantize_model": Case(layers_quantized_by_accelerate, ("sim:0", torch.int8)),
     "accelerate.utils.bnb:get_quantized_model_device_map": Case(device_map_of_accelerate, {"": 0}),
     "accelerate.state:PartialState.default_device": Case(default_device_of_accelerate, "sim"),
+    "torchao.float8.inference:_check_hardware_support": Case(both_sides_in_float8, "Float8Tensor"),
     "accelerate.accelerator:Accelerator.__init__": Case(trained_in_half_precision, ("sim", True)),
     "diffusers.utils.torch_utils:_adapt_get_device": Case(offloaded_without_naming_a_device, "sim:0"),
     "diffusers.pipelines.pipeline_utils:_adapt_device_map": Case(pipeline_loaded_onto_the_device, ("sim", "sim")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -246,3 +247,23 @@ def test_assumptions_are_checked_by_those_who_know_them(monkeypatch: pytest.Monk
         "recipe.a.forecast.assume.flash: found 3; true or false"
     ]
     assert len(asked) == 3
+
+
+def test_a_backend_whose_package_is_not_installed_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        if name == "optimum-quanto":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    several = [Quantization("layerwise_casting", "transformer"), Quantization("quanto", "text_encoder_2")]
+    found = problems_with_installation(Recipe("r", "tiny-flux", quantization=several))
+    assert [(one.path, one.found, one.allowed) for one in found] == [
+        (
+            "recipe.quantization[1].backend",
+            "'quanto'",
+            "it needs optimum-quanto, which is not installed: pip install optimum-quanto",
+        )
+    ]

@@ -160,7 +160,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         "dtype: found 'float64'; did you mean 'float16'? allowed: 'float32', 'float16' or 'bfloat16'",
         (
             "quantization.backend: found 'bitsandbytes_4bits'; did you mean 'bitsandbytes_4bit'? "
-            "allowed: 'bitsandbytes_4bit' or 'bitsandbytes_8bit'"
+            "allowed: 'bitsandbytes_4bit', 'bitsandbytes_8bit', 'torchao', 'quanto', 'gguf' or 'layerwise_casting'"
         ),
         "quantization.components: found []; a component, or a list of at least one; leave it out for all",
         "compilation[0].fullgraph: found 'yes'; true or false",

@@ -35,6 +35,7 @@ LAYERS = (
     ("replicas", "accelerators"),
     ("strategies", "recipe_loading"),
     ("recipe",),
+    ("quantization_backends",),
     ("contract", "denoising"),
     ("references",),
     ("part",),

@@ -57,6 +57,8 @@ XPU_BRANCHES: dict[str, tuple[str, ...]] = {
     "accelerate.utils.bnb": ("load_and_quantize_model", "get_quantized_model_device_map"),
     # The device of Accelerator(), and of offloading hooks that were given none.
     "accelerate.state": ("PartialState.default_device",),
+    # "Float8 dynamic quantization requires CUDA compute capability ≥8.9 or MI300+ or XPU."
+    "torchao.float8.inference": ("_check_hardware_support",),
     # "fp16 mixed precision requires a device in (...)".
     "accelerate.accelerator": ("Accelerator.__init__",),
 }
