@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_diffopt.preparation import quantization
+
 PICTURE_SIDE = 64
 FRAMES = 5
 
@@ -42,6 +44,8 @@ class Interception:
         compiles: every call of torch.compile, in order.
         memory_formats: id of a module → the memory format that it was converted to.
         pictures: addresses that a generated picture or video stands for.
+        single_files: id of a model → the file or address that it was loaded from, if that is one file.
+        not_encoded: videos that were not written, since nothing that encodes them is installed.
         offloads: names of methods that were called to offload something.
     """
 
@@ -49,6 +53,8 @@ class Interception:
     memory_formats: dict[int, str] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     offloads: list[str] = field(default_factory=list)
+    single_files: dict[int, str] = field(default_factory=dict)
+    not_encoded: list[str] = field(default_factory=list)
     _wrapped: set[type] = field(default_factory=set)
     _kept: list[Any] = field(default_factory=list)
 
@@ -65,6 +71,8 @@ class Interception:
         self._see_compiles(really=compiles)
         self._see_offloads(really=offloads, device=device)
         self._make_pictures()
+        self._see_single_files()
+        self._encode_where_possible()
 
     # Calls of pipelines.
 
@@ -195,6 +203,39 @@ class Interception:
             return convert(made) if callable(convert) else made
 
         return load
+
+    # Files.
+
+    def _see_single_files(self) -> None:
+        from diffusers.loaders import FromOriginalModelMixin
+
+        holder: Any = FromOriginalModelMixin
+        original = holder.from_single_file.__func__
+
+        @functools.wraps(original)
+        def from_single_file(kind: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+            model = original(kind, file, *args, **kwargs)
+            self.single_files[id(model)] = str(file)
+            self._kept.append(model)
+            quantization.note_types_of_file(model, str(file))
+            return model
+
+        holder.from_single_file = classmethod(from_single_file)
+
+    def _encode_where_possible(self) -> None:
+        from diffusers.utils import export_utils
+
+        original = export_utils.export_to_video
+
+        @functools.wraps(original)
+        def export_to_video(frames: Any, output_video_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(frames, output_video_path, *args, **kwargs)
+            except ImportError:  # of what encodes: the recipe is run by now
+                self.not_encoded.append(str(output_video_path or "video"))
+                return output_video_path
+
+        exchange_everywhere("export_to_video", original, export_to_video)
 
 
 def _described(model: Any, kwargs: Mapping[str, Any]) -> CompileCall:

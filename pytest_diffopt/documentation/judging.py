@@ -155,6 +155,7 @@ def _summed_up(
 def _notes(run: BlockRun) -> tuple[str, ...]:
     notes = [f"made small: {', '.join(run.shrunk)}"] if run.shrunk else []
     notes += [f"a generated picture stands for {address}" for address in run.pictures]
+    notes += [f"{path} is not encoded: nothing that does it is installed" for path in run.not_encoded]
     return (*notes, *run.beside)
 
 

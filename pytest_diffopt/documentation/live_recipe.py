@@ -111,7 +111,7 @@ def read(
     reading.fields |= {"name": name, "pipeline": _source(pipeline, components, reading), "dynamo": dict(dynamo)}
     if dtype := _dtype(components.values()):
         reading.fields["dtype"] = dtype
-    _quantization(components, reading)
+    _quantization(components, seen, reading)
     _compilation(components, seen, reading)
     _offloading(pipeline, components, reading)
     _autoencoder(components, reading)
@@ -190,13 +190,15 @@ def _dtype(modules: Iterable[torch.nn.Module]) -> str:
 # Its parts.
 
 
-def _quantization(components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:
+def _quantization(components: Mapping[str, torch.nn.Module], seen: Interception, reading: _Reading) -> None:
     found: dict[tuple[str, str], tuple[Quantization, list[str]]] = {}
     for name, module in components.items():
         read = quantization.quantization_of(compilation.original_module(module))
         if read is None:
             continue
         backend, kwargs = read
+        if (file := seen.single_files.get(id(compilation.original_module(module)))) and backend == "gguf":
+            kwargs = {"file": file, **kwargs}
         one = Quantization(backend, kwargs=kwargs)  # type: ignore[arg-type]
         found.setdefault((backend, repr(sorted(one.kwargs.items()))), (one, []))[1].append(name)
     parts = [dataclasses.replace(one, components=tuple(names)) for one, names in found.values()]

@@ -31,7 +31,7 @@ from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
 from pytest_diffopt.preparation import compilation, quantization
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
-from pytest_diffopt.replicas import registry
+from pytest_diffopt.replicas import gguf_files, registry
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +154,7 @@ def run_block(order: Order, accelerator: Accelerator) -> BlockRun:
     stack = contextlib.ExitStack()
     stack.enter_context(accelerator.known_to_libraries())
     stack.enter_context(quantization.quantizers_accept(accelerator))
+    stack.enter_context(gguf_files.loadable())
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.fallback_random = True  # numbers that a model draws must be the eager ones
     torch._dynamo.config  # noqa: B018 - imported before it is read
@@ -297,7 +298,8 @@ class _Observing:
         components = _components(pipeline, name)
         live = LivePipeline(read.recipe, self.accelerator, pipeline, components, is_model=False)
         for name, module in components.items():
-            live.kept_plain[name] = quantization.kept_plain(module)
+            live.kept_plain[name] = quantization.kept_plain(module, read.recipe.quantization_for(name))
+            live.types_of_file[name] = quantization.types_of_file(module)
             live.kept_float32[name] = quantization.kept_float32(module)
         excluded = getattr(pipeline, "_exclude_from_cpu_offload", ()) if read.recipe.offloading is not None else ()
         live.offloaded.kept_resident = tuple(name for name in components if name in excluded)
@@ -357,6 +359,7 @@ class _Observing:
             beside=read.beside if read is not None else (),
             shrunk=tuple(dict.fromkeys(map(str, self.seen.shrunk))),
             pictures=tuple(dict.fromkeys(self.interception.pictures)),
+            not_encoded=tuple(dict.fromkeys(self.interception.not_encoded)),
             configured=tuple(read.configures) if read is not None else (),
             first_call=self.seen.first_call,
             device_bytes=self._device_bytes(),

@@ -61,6 +61,7 @@ class BlockRun:
         beside: what a recipe cannot say.
         shrunk: what was made small.
         pictures: addresses that a generated picture stands for.
+        not_encoded: videos that were not written, since nothing that encodes them is installed.
         configured: the parts that the block set on any pipeline or module.
         first_call: which of the block's calls is the first that is judged.
         device_bytes: the most that was allocated on the accelerator; None where it does not count.
@@ -83,6 +84,7 @@ class BlockRun:
     beside: tuple[str, ...] = ()
     shrunk: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
+    not_encoded: tuple[str, ...] = ()
     configured: tuple[str, ...] = ()
     first_call: int = 0
     device_bytes: int | None = None

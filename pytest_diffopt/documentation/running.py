@@ -16,7 +16,7 @@ from pytest_diffopt.documentation.processes import Server
 from pytest_diffopt.documentation.record import BlockRun, Variant
 from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.errors import ReplicaError
-from pytest_diffopt.replicas import Registry, registry
+from pytest_diffopt.replicas import Registry, gguf_files, registry
 from pytest_diffopt.replicas.resolution import hub_cache_environment, is_hub_id
 
 BLOCK_SECONDS = 300.0
@@ -25,6 +25,7 @@ BLOCK_SECONDS = 300.0
 _QUOTED = re.compile(
     r"""["'](?:https?://(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)(?:/(?:blob|resolve)/[^"']*)?["']"""
 )
+_GGUF = re.compile(r"""([\w.-]+/[\w.-]+)/(?:(?:blob|resolve)/[^/"']+/)?([\w.-]+\.gguf)""")
 _COMPARED = re.compile(r"\bcompile|offload")
 
 
@@ -120,13 +121,19 @@ class PageRuns:
 
     def _replicas(self, ids: Iterable[str], text: str) -> dict[str, tuple[int, ...]]:
         """Have the replicas of hub ids built, as they are spelled; the size of a call of each."""
-        known = [one for one in ids if self._registry.find(one) is not None]
-        hub_cache_environment(known, registry=self._registry)
+        known = [one for one in ids if self._resolves(one)]
+        files = [one for one in known if one.casefold() in gguf_files.REPOSITORIES]
+        hub_cache_environment([one for one in known if one not in files], registry=self._registry)
+        for hub_id, name in _GGUF.findall(text):
+            if hub_id in files:
+                gguf_files.ensure_gguf(hub_id, name)
         families = {one: self._registry.find(one) for one in known}
         return {one: tuple(family.default_size) for one, family in families.items() if family and family.default_size}
 
     def _resolves(self, hub_id: str) -> bool:
-        return self.allow_hub or self._registry.find(hub_id) is not None
+        if self.allow_hub or self._registry.find(hub_id) is not None:
+            return True
+        return self._registry.find_component(hub_id) is not None or hub_id.casefold() in gguf_files.REPOSITORIES
 
 
 def recipe_name(page: Page, block: Block) -> str:

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.errors import PreparationError, ReplicaError
 from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
@@ -111,7 +111,6 @@ def _out_of_a_file(
 ) -> Any:
     import diffusers
 
-    from pytest_diffopt.quantization_backends.gguf import types_of_file
     from pytest_diffopt.replicas import gguf_files
 
     index = diffusers.DiffusionPipeline.load_config(pipeline_path)
@@ -133,7 +132,7 @@ def _out_of_a_file(
             quantization_config=BACKENDS["gguf"].config(quantization, of_diffusers=True),
             torch_dtype=dtype,
         )
-        component._diffopt_types_of_file = types_of_file(file, component)
+        note_types_of_file(component, file)
     return component
 
 
@@ -225,6 +224,16 @@ def kept_plain(component: torch.nn.Module, quantization: Quantization | None = N
     if quantization is not None:
         names += BACKENDS[quantization.backend].kept_plain(component, quantization)
     return tuple(names)
+
+
+def note_types_of_file(component: Any, file: str) -> None:
+    """Keep with a component which types the ``.gguf`` file, on this machine, that it was loaded from has for its layers."""
+    from pytest_diffopt.quantization_backends import gguf
+    from pytest_diffopt.replicas import gguf_files
+
+    if file.endswith(".gguf"):
+        with contextlib.suppress(ReplicaError):  # of the hub itself, whose file is not looked at here
+            component._diffopt_types_of_file = gguf.types_of_file(gguf_files.resolve(file), component)
 
 
 def types_of_file(component: torch.nn.Module) -> dict[str, str]:
