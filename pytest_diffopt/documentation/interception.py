@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
 from pytest_diffopt.preparation import quantization
 
 PICTURE_SIDE = 64
@@ -152,8 +153,6 @@ class Interception:
         from diffusers import DiffusionPipeline
         from diffusers.models import ModelMixin
 
-        from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
-
         for holder, name in (
             (DiffusionPipeline, "enable_model_cpu_offload"),
             (DiffusionPipeline, "enable_sequential_cpu_offload"),
@@ -184,8 +183,6 @@ class Interception:
 
     def _make_pictures(self) -> None:
         from diffusers.utils import loading_utils
-
-        from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
 
         for name, make in (("load_image", picture), ("load_video", video)):
             original = getattr(loading_utils, name, None)

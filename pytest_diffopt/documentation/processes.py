@@ -29,7 +29,7 @@ from pytest_diffopt.user_cache import cache_directory
 if TYPE_CHECKING:
     from pytest_diffopt.documentation.order import Order
 
-RESULT, OUTPUT, STUCK = "result.json", "output.txt", "stuck.txt"
+RESULT, OUTPUT, STUCK, FAULT = "result.json", "output.txt", "stuck.txt", "fault.txt"
 """Files beside the block's working directory."""
 
 START_SECONDS = 300.0
@@ -214,6 +214,9 @@ def _read(folder: Path, answer: Mapping[str, Any], seconds: float) -> BlockRun:
     try:
         run = BlockRun.from_dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError):
+        if fault := _tail(folder / FAULT).strip():
+            said = f"pytest-diffopt itself failed while it ran the block: {fault.splitlines()[-1]}"
+            raise DiffoptError(f"{said}\n{fault}") from None
         return BlockRun("died", how=_how(answer.get("status")), output=output)
     return dataclasses.replace(run, output=output)
 
@@ -368,7 +371,8 @@ def _child(asked: Mapping[str, Any], accelerator: Any) -> None:
     except BaseException:
         import traceback
 
-        traceback.print_exc()
+        with open(f"{asked['folder']}/{FAULT}", "w", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
         os._exit(70)
     os._exit(0)
 
