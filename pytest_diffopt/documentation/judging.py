@@ -55,10 +55,10 @@ _HARDWARE = re.compile(
     r"(?:cuda|nvidia|gpu)\b.{0,40}\b(?:is required|is needed|not available|unavailable|not found)|"
     r"torch not compiled with cuda|no nvidia driver|found no nvidia"
 )
+_NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _MISSING_PACKAGE = re.compile(
-    r"requires the (?P<a>[\w.-]+) library|"
-    r"(?:requires|need to install|please install|pip install(?: -U)?) [`'\"]?(?P<b>[\w.-]+)"
+    r"requires the (?P<a>[\w.-]+) library|pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
 )
 
 
@@ -113,6 +113,7 @@ def judge_block(
     resolves: Callable[[str], bool],
     installed: Callable[[str], bool],
     ids: Sequence[str] = (),
+    source: str = "",
 ) -> BlockVerdict:
     """The verdict of a block.
 
@@ -120,11 +121,11 @@ def judge_block(
         name: of its recipe.
         run: the block as it is written. references: its other runs, see :func:`references_for`.
         resolves: whether a hub id stands for something here. installed: whether a module can be imported.
-        ids: the hub ids that the block names.
+        ids: the hub ids that the block names. source: its text, with that of the blocks that run before it.
     """
     notes = _notes(run)
     if run.ended != "ran":
-        status, sentence, evidence = _did_not_run(run, resolves, installed, ids)
+        status, sentence, evidence = _did_not_run(block, run, resolves, installed, ids, source)
         if status == "skipped":
             return BlockVerdict(block, status, sentence, notes=notes, run=run)
         verdict = Verdict(RUN, name, status, sentence, {}, evidence)
@@ -163,7 +164,12 @@ def _notes(run: BlockRun) -> tuple[str, ...]:
 
 
 def _did_not_run(
-    run: BlockRun, resolves: Callable[[str], bool], installed: Callable[[str], bool], ids: Sequence[str]
+    block: Block,
+    run: BlockRun,
+    resolves: Callable[[str], bool],
+    installed: Callable[[str], bool],
+    ids: Sequence[str],
+    source: str,
 ) -> tuple[Status, str, tuple[str, ...]]:
     raised = run.raised
     if run.own_code_ended:
@@ -172,8 +178,10 @@ def _did_not_run(
         return "failed", run.how, tuple(run.output.splitlines()[-3:])
     where = f"line {raised.line}: " if raised.line else ""
     evidence = _evidence(raised)
-    if reason := _not_here(raised, resolves, installed, ids):
+    if reason := _not_here(raised, resolves, installed, ids, source):
         return "skipped", reason, ()
+    if 0 < raised.line < block.line:
+        return "unverified", f"an earlier block that it needs fails in {where}{raised}", evidence
     if "PermissionError" in raised.kinds or "Permission denied" in raised.message:
         return "unverified", f"{where}it writes outside of its own folder, which is refused here ({raised})", evidence
     if _HARDWARE.search(raised.message):
@@ -189,16 +197,19 @@ def _evidence(raised: Raised) -> tuple[str, ...]:
 
 
 def _not_here(
-    raised: Raised, resolves: Callable[[str], bool], installed: Callable[[str], bool], ids: Sequence[str]
+    raised: Raised,
+    resolves: Callable[[str], bool],
+    installed: Callable[[str], bool],
+    ids: Sequence[str],
+    source: str,
 ) -> str:
     """Why it cannot run on this machine, through no fault of the page's; empty where it could."""
     if "ModuleNotFoundError" in raised.kinds and raised.missing and not installed(raised.missing.partition(".")[0]):
         return f"needs {raised.missing.partition('.')[0]}, which is not installed"
-    if "ImportError" in raised.kinds or "PackageNotFoundError" in raised.kinds:
-        match = _MISSING_PACKAGE.search(raised.message)
-        package = (match["a"] or match["b"]) if match else ""
-        if package and not installed(package):
-            return f"needs {package}, which is not installed"
+    match = _MISSING_PACKAGE.search(raised.message)
+    package = (match["a"] or match["b"]) if match else ""
+    if package and not installed(package):
+        return f"needs {package}, which is not installed"
     if "OSError" in raised.kinds and (match := _PLACEHOLDER.search(raised.message)):
         return f"{match[0]} is a placeholder: nothing is there"
     if any(kind in _NETWORK for kind in raised.kinds):
@@ -207,6 +218,9 @@ def _not_here(
         unknown = [one for one in ids if not resolves(one) and one in raised.message]
         if unknown:
             return f"no replica stands for {unknown[0]!r}{_placeholder(unknown[0])}"
+        file = _NO_FILE.search(raised.message)
+        if file and file[1] in source:
+            return f"needs {file[1]}, which no replica has"
         if "outgoing traffic has been disabled" in raised.message or "offline mode" in raised.message.lower():
             return f"needs a file of the hub that no replica has ({raised.first_line})"
     return ""
@@ -240,6 +254,8 @@ def _use(name: str, run: BlockRun, recipe: Recipe | None) -> Verdict:
     problems += run.not_judged
     if run.recipe_error:
         problems.append(f"what is set on the pipeline is no recipe: {run.recipe_error.splitlines()[-1].strip()}")
+    if failed:
+        problems = problems[: len(run.swallowed)]
     if problems:
         return Verdict(USE, name, "failed" if failed else "unverified", "; ".join(problems))
     return Verdict(USE, name, "passed", f"{', '.join(run.called)} was called on {run.accelerator}")

@@ -176,11 +176,13 @@ def _is_part_of(name: str, whole: str) -> bool:
 
 
 def _dtype(modules: Iterable[torch.nn.Module]) -> str:
-    """The dtype of most parameters that are floats; empty where there are none, or where it is none of a recipe's."""
+    """The dtype of most parameters that are floats and not kept in another by their class; empty where there are none, or
+    where it is none of a recipe's."""
     counts: dict[str, int] = {}
     for module in modules:
-        for parameter in compilation.original_module(module).parameters():
-            if parameter.is_floating_point():
+        kept = quantization.kept_float32(compilation.original_module(module))
+        for path, parameter in compilation.original_module(module).named_parameters():
+            if parameter.is_floating_point() and not any(quantization.is_named(path, name) for name in kept):
                 name = str(parameter.dtype).removeprefix("torch.")
                 counts[name] = counts.get(name, 0) + parameter.numel()
     name = max(counts, key=lambda one: counts[one], default="")
@@ -191,7 +193,7 @@ def _dtype(modules: Iterable[torch.nn.Module]) -> str:
 
 
 def _quantization(components: Mapping[str, torch.nn.Module], seen: Interception, reading: _Reading) -> None:
-    found: dict[tuple[str, str], tuple[Quantization, list[str]]] = {}
+    found: dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]] = {}
     for name, module in components.items():
         read = quantization.quantization_of(compilation.original_module(module))
         if read is None:
@@ -199,9 +201,8 @@ def _quantization(components: Mapping[str, torch.nn.Module], seen: Interception,
         backend, kwargs = read
         if (file := seen.single_files.get(id(compilation.original_module(module)))) and backend == "gguf":
             kwargs = {"file": file, **kwargs}
-        one = Quantization(backend, kwargs=kwargs)  # type: ignore[arg-type]
-        found.setdefault((backend, repr(sorted(one.kwargs.items()))), (one, []))[1].append(name)
-    parts = [dataclasses.replace(one, components=tuple(names)) for one, names in found.values()]
+        found.setdefault((backend, repr(sorted(kwargs.items()))), (backend, kwargs, []))[2].append(name)
+    parts = [Quantization(backend, names, kwargs) for backend, kwargs, names in found.values()]  # type: ignore[arg-type]
     if parts:
         reading.fields["quantization"] = parts[0] if len(parts) == 1 else parts
 

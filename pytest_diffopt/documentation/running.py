@@ -116,7 +116,7 @@ class PageRuns:
             found = self._server.run_all([order(one, run.first_call) for one in rest], seconds=self.seconds)
             references |= dict(zip(rest, found, strict=True))
         return judging.judge_block(
-            block, name, run, references, resolves=self._resolves, installed=_is_installed, ids=ids
+            block, name, run, references, resolves=self._resolves, installed=_is_installed, ids=ids, source=text
         )
 
     def _replicas(self, ids: Iterable[str], text: str) -> dict[str, tuple[int, ...]]:
