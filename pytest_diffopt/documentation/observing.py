@@ -388,20 +388,19 @@ class _Observing:
 
     def _uncalled(self, namespace: Mapping[str, Any]) -> live_recipe.LiveRecipe | None:
         """The recipe of a pipeline or module that the block left and did not call; what it is made of is written down."""
-        found = [
-            (value, read) for name, value in _left(namespace) if (read := self._read(value, None, name)) is not None
-        ]
-        found.sort(key=lambda one: not one[1].configures)
+        left = _left(namespace)
+        found = [(name, value, read) for name, value in left if (read := self._read(value, None, name)) is not None]
+        found.sort(key=lambda one: not one[2].configures)
         if not found:
             return None
-        value, read = found[0]
+        name, value, read = found[0]
+        modules = [(name, value) for name, value, read in found if _is_module(value) and read.configures]
+        if _is_module(value) and modules:  # of one pipeline that the block does not make: one recipe
+            value = _Together(modules)
+            read = self._read(value, None) or read
         self.watched.recipe = read.recipe
-        self._describe(value, read)
+        self.watched.is_loaded(self._live(value, read, name))
         return read
-
-    def _describe(self, value: Any, read: live_recipe.LiveRecipe) -> None:
-        live = self._live(value, read)
-        self.watched.is_loaded(live)
 
     def _idle(self, namespace: Mapping[str, Any]) -> list[str]:
         """What was configured and never called, a sentence each."""
@@ -420,6 +419,22 @@ class _Observing:
     def _was_called(self, name: str, value: Any) -> bool:
         kind = type(value).__name__
         return kind in self.seen.called or name in pages.called_names(self.order.block.source)
+
+
+class _Together:
+    """Modules that stand by themselves, as the components of a pipeline."""
+
+    def __init__(self, modules: list[tuple[str, Any]]) -> None:
+        self.components: dict[str, Any] = {}
+        for name, module in modules:
+            self.components.setdefault(_component_name(module, name), module)
+        self._name_or_path = next(filter(None, map(live_recipe.loaded_from, self.components.values())), None)
+
+
+def _is_module(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.nn.Module)
 
 
 def _left(namespace: Mapping[str, Any]) -> list[tuple[str, Any]]:
