@@ -169,11 +169,12 @@ class Interception:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
-        def offload(target: Any, *args: Any, **kwargs: Any) -> Any:
+        def offload(*args: Any, **kwargs: Any) -> Any:
             self.offloads.append(name)
             if really:
-                return original(target, *args, **kwargs)
-            said = signature.bind(target, *args, **kwargs).arguments
+                return original(*args, **kwargs)
+            said = signature.bind(*args, **kwargs).arguments
+            target = said[next(iter(signature.parameters))]
             target.to(said.get("onload_device") or said.get("device") or device)
             return None
 

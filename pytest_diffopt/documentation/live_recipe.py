@@ -36,10 +36,12 @@ class LiveRecipe:
     Attributes:
         recipe: what was read.
         beside: what is set on the pipeline and cannot be said by a recipe, a sentence each.
+        methods: of components, that are compiled by themselves: ``"vae.decode"``.
     """
 
     recipe: Recipe
     beside: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
     @property
     def configures(self) -> tuple[str, ...]:
@@ -53,6 +55,7 @@ class _Reading:
 
     fields: dict[str, Any] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
 
 
 def configured(recipe: Recipe) -> tuple[str, ...]:
@@ -119,7 +122,7 @@ def read(
     if arguments is not None:
         reading.fields["call"] = call_of(arguments)
     _beside(pipeline, reading)
-    return LiveRecipe(Recipe(**reading.fields), tuple(reading.beside))
+    return LiveRecipe(Recipe(**reading.fields), tuple(reading.beside), tuple(dict.fromkeys(reading.methods)))
 
 
 def call_of(arguments: Mapping[str, Any]) -> Call:
@@ -218,7 +221,7 @@ def _compilation(components: Mapping[str, torch.nn.Module], seen: Interception, 
         whole = [call for call in own if by_id[call.module_id] == "" and call.method in ("", "forward", "_call_impl")]
         parts = [call for call in own if by_id[call.module_id] != ""]
         others = [call for call in own if call not in whole and call not in parts]
-        reading.beside += [f"{name}.{call.method} is compiled by itself" for call in others]
+        reading.methods += [f"{name}.{call.method}" for call in others]
         if whole or parts:
             scope = "module" if whole else "repeated_blocks"
             compiled.append(_one(name, scope, (whole or parts)[-1], seen.memory_formats.get(id(root))))

@@ -337,8 +337,10 @@ class _Observing:
             watched.memory.close()
             if ended == "ran":
                 observation = watched.observation().to_json()
-            beside = self._beside(watched.live.pipeline)
-            read = live_recipe.LiveRecipe(watched.recipe, beside)
+            last = self._read(watched.live.pipeline, None)
+            read = live_recipe.LiveRecipe(watched.recipe)
+            if last is not None:
+                read = replace(last, recipe=watched.recipe)
         else:
             read = self._uncalled(namespace) if ended == "ran" else None
             if read is not None:
@@ -357,6 +359,7 @@ class _Observing:
             idle=tuple(self._idle(namespace)),
             not_judged=tuple(dict.fromkeys(self.seen.not_judged)),
             beside=read.beside if read is not None else (),
+            compiled_methods=read.methods if read is not None else (),
             shrunk=tuple(dict.fromkeys(map(str, self.seen.shrunk))),
             pictures=tuple(dict.fromkeys(self.interception.pictures)),
             not_encoded=tuple(dict.fromkeys(self.interception.not_encoded)),
@@ -381,10 +384,6 @@ class _Observing:
         if self.seen.shrunk:
             lines.append(f"the page's call, made small here: {', '.join(dict.fromkeys(map(str, self.seen.shrunk)))}")
         return lines
-
-    def _beside(self, pipeline: Any) -> tuple[str, ...]:
-        read = self._read(pipeline, None)
-        return read.beside if read is not None else ()
 
     def _uncalled(self, namespace: Mapping[str, Any]) -> live_recipe.LiveRecipe | None:
         """The recipe of a pipeline or module that the block left and did not call; what it is made of is written down."""

@@ -94,13 +94,30 @@ class Page:
         wanted = free_names(block.source)
         if not wanted:
             return ()
-        earlier = [one for one in self.blocks if one.line < block.line and not one.problem and parses(one.source)]
+        earlier = self._earlier(block)
         taken = [one for one in earlier if _encloses(one.section, block.section) and _goes_with(one, block, earlier)]
         for name in sorted(wanted - set().union(*(bound_names(one.source) for one in taken))):
             binding = [one for one in earlier if name in bound_names(one.source) and one not in taken]
             if binding:
                 taken += [binding[-1], *(one for one in self.before(binding[-1]) if one not in taken)]
         return tuple(sorted(dict.fromkeys(taken), key=lambda one: one.line))
+
+    def needed(self, block: Block) -> tuple[Block, ...]:
+        """Of the blocks before one, those alone that define the names it uses, or do something to what they name.
+
+        What was defined anew is not looked for further up.
+        """
+        wanted = free_names(block.source)
+        taken: list[Block] = []
+        for one in reversed(self.before(block)):
+            bound, used = bound_names(one.source), free_names(one.source)
+            if wanted & (bound | used):
+                taken.append(one)
+                wanted = (wanted - bound) | used
+        return tuple(reversed(taken))
+
+    def _earlier(self, block: Block) -> list[Block]:
+        return [one for one in self.blocks if one.line < block.line and not one.problem and parses(one.source)]
 
 
 def read_page(path: Path) -> Page:

@@ -85,6 +85,18 @@ class PageRuns:
             sizes = {} if self.allow_hub else self._replicas(ids, text)
         except ReplicaError as error:
             return judging.cannot_run(block, str(error))
+        run, references = self._runs(page, block, name, before, sizes)
+        needed = page.needed(block)
+        if run.raised is not None and 0 < run.raised.line < block.line and needed != before:
+            run, references = self._runs(page, block, name, needed, sizes)  # without what it does not need
+        return judging.judge_block(
+            block, name, run, references, resolves=self._resolves, installed=_is_installed, ids=ids, source=text
+        )
+
+    def _runs(
+        self, page: Page, block: Block, name: str, before: tuple[Block, ...], sizes: dict[str, tuple[int, ...]]
+    ) -> tuple[BlockRun, dict[Variant, BlockRun]]:
+        """A block's run as it is written, and those that it is compared with."""
 
         def order(variant: Variant, first_call: int | None = None) -> Callable[[str], Order]:
             return lambda folder: Order(
@@ -100,11 +112,11 @@ class PageRuns:
             )
 
         self._progress(f"{page.path.name}:{block.line}")
+        text = "\n".join(one.source for one in (*before, block))
         at_once = bool(_COMPARED.search(text)) and _spare_cores()  # most such blocks need it
         variants: tuple[Variant, ...] = ("as written", "eager") if at_once else ("as written",)
-        runs = dict(
-            zip(variants, self._server.run_all([order(v) for v in variants], seconds=self.seconds), strict=True)
-        )
+        found = self._server.run_all([order(variant) for variant in variants], seconds=self.seconds)
+        runs = dict(zip(variants, found, strict=True))
         run = runs.pop("as written")
         wanted = judging.references_for(run)
         references: dict[Variant, BlockRun] = {
@@ -115,9 +127,7 @@ class PageRuns:
             self._progress(f"{page.path.name}:{block.line} {', '.join(rest)}")
             found = self._server.run_all([order(one, run.first_call) for one in rest], seconds=self.seconds)
             references |= dict(zip(rest, found, strict=True))
-        return judging.judge_block(
-            block, name, run, references, resolves=self._resolves, installed=_is_installed, ids=ids, source=text
-        )
+        return run, references
 
     def _replicas(self, ids: Iterable[str], text: str) -> dict[str, tuple[int, ...]]:
         """Have the replicas of hub ids built, as they are spelled; the size of a call of each."""

@@ -61,7 +61,8 @@ class _Recording:
             stack.callback(module.register_forward_hook(self._left, always_call=True).remove)
         for method in ("encode", "decode"):
             original = getattr(module, method, None)
-            if inspect.ismethod(original):  # a submodule of that name is no method
+            # a submodule of that name is no method; one that was compiled by itself is a function on the instance
+            if inspect.ismethod(original) or (method in vars(module) and inspect.isfunction(original)):
                 self._replace(stack, method, self._around(original))
 
     def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:

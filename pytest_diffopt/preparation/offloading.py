@@ -170,6 +170,9 @@ def offloading_of(module: torch.nn.Module) -> Offloading | None:
             config = getattr(hook, "config", None)
             if type(config).__name__ == "GroupOffloadingConfig":
                 return _group_offloading_of(config)
+    device_map = getattr(module, "hf_device_map", None) or {}
+    if any(str(place) in ("cpu", "disk") for place in device_map.values()):
+        return None  # a device map leaves parts there for good
     found = [(path, hook) for path, inner in module.named_modules() for hook in _accelerate_hooks(inner)]
     if any(type(hook).__name__ == "CpuOffload" for path, hook in found if not path):
         return Offloading("model")
