@@ -50,7 +50,11 @@ class BlockItem(pytest.Item):
         self.page = page
         self.block = block
         self.extra_keyword_matches.update({"diffopt", "documentation", *block.headings})
-        self._row = {"page": self.nodeid.partition("::")[0], "line": block.line, "heading": block.heading}
+        self._row = {
+            "page": self.nodeid.partition("::")[0] or self.path.name,
+            "line": block.line,
+            "heading": block.heading,
+        }
         self.user_properties.append((BLOCK_PROPERTY, {**self._row, "status": "skipped", "sentence": block.skip}))
 
     def runtest(self) -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pytest_diffopt.documentation.order import ENDED
 from pytest_diffopt.documentation.record import BlockRun
@@ -60,6 +60,7 @@ class Server:
         self.environment = dict(environment or {})
         self.kind = ""
         self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[str] | None = None
         self._lock = threading.Lock()
         self._root = Path(tempfile.mkdtemp(prefix="diffopt-page-"))
         self._count = 0
@@ -118,7 +119,7 @@ class Server:
             return self._process
         environment = {**os.environ, **_ENVIRONMENT, **self.environment}
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
-        errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - it is read when the server has ended
+        self._errors = errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the server
         self._process = process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()", self.device],
             stdin=subprocess.PIPE,
@@ -132,11 +133,11 @@ class Server:
         if "ready" in ready:
             self.kind = ready["ready"]
             return process
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
         self._stop()
         if "error" in ready:
             raise (UnverifiableError if ready.get("unverifiable") else DiffoptError)(ready["error"])
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
         raise DiffoptError(f"the process that runs blocks could not be started: {last}")
 
     def _forked(
@@ -189,6 +190,8 @@ class Server:
             process.wait()
         with contextlib.suppress(OSError):
             process.stdout.close()  # type: ignore[union-attr]
+        if self._errors is not None:
+            self._errors.close()
 
 
 _ENVIRONMENT = {
