@@ -15,7 +15,7 @@ from typing import Any
 from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
 from pytest_diffopt.preparation import quantization
 
-PICTURE_SIDE = 64
+PICTURE_SIDE = 128
 FRAMES = 5
 
 CallHandler = Callable[[Any, dict[str, Any], frozenset[str], Callable[..., Any]], Any]
@@ -255,7 +255,7 @@ def picture() -> Any:
     from PIL import Image
 
     down, across = np.mgrid[0:PICTURE_SIDE, 0:PICTURE_SIDE]
-    channels = [across * 4, down * 4, (across ^ down) * 4]
+    channels = [across * 2, down * 2, (across ^ down) * 2]
     return Image.fromarray(np.stack(channels, -1).astype("uint8"))
 
 

@@ -28,7 +28,7 @@ from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run, versions
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
-from pytest_diffopt.preparation import compilation, quantization
+from pytest_diffopt.preparation import autoencoder, compilation, quantization
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas import gguf_files, registry
@@ -91,6 +91,7 @@ class _WatchedBlock(Run):
         super().__init__(Recipe(name="block", pipeline="block"), accelerator, False, None, None)
         self.live: LivePipeline | None = None
         self.made = 0
+        self.tiled: list[str] = []
 
     def begin(self, live: LivePipeline, recipe: Recipe) -> None:
         """A pipeline is about to be called for the first time."""
@@ -101,7 +102,10 @@ class _WatchedBlock(Run):
         """The next of the block's calls, or of ours; its result."""
         assert self.live is not None
         call, self.made = self.made, self.made + 1
-        with self.watching_calls(self.live):  # not for longer: the block may compile what is watched now
+        with (
+            self.watching_calls(self.live),  # not for longer: the block may compile what is watched now
+            autoencoder.counting_tiles(self.live.components, self.tiled),
+        ):
             self.call(self.live, call, "call")
         result, self.result = self.result, None
         return result
@@ -251,12 +255,16 @@ class _Observing:
             self.seen.inside = False
 
     def _size_of(self, pipeline: Any) -> tuple[int, ...] | None:
-        """The size of the replica that a pipeline is loaded from, or that stands for its class."""
-        if (size := self.order.sizes.get(live_recipe.loaded_from(pipeline))) is not None:
-            return tuple(size)
-        kind = type(pipeline).__name__
-        family = next((one for one in registry.families.values() if one.pipeline_class == kind), None)
-        return tuple(family.default_size) if family is not None and family.default_size else None
+        """The size of its replica, or of the one that stands for its class; more than a tile of its VAE."""
+        size = self.order.sizes.get(live_recipe.loaded_from(pipeline))
+        if size is None:
+            kind = type(pipeline).__name__
+            family = next((one for one in registry.families.values() if one.pipeline_class == kind), None)
+            size = family.default_size if family is not None else None
+        if not size:
+            return None
+        side = autoencoder.more_than_a_tile(getattr(pipeline, "vae", None))
+        return (max(size[0], side), max(size[1], side), *size[2:])
 
     def _takes(self, pipeline: Any, arguments: dict[str, Any]) -> bool:
         """Whether this call is one of those that are judged: of the pipeline that is first called with anything configured."""
@@ -356,7 +364,7 @@ class _Observing:
             toml=live_recipe.toml_of(read, self._comments()) if read is not None else "",
             observation=observation,
             called=tuple(dict.fromkeys(self.seen.called)),
-            idle=tuple(self._idle(namespace)),
+            idle=(*self._idle(namespace), *self._switches_without_use()),
             not_judged=tuple(dict.fromkeys(self.seen.not_judged)),
             beside=read.beside if read is not None else (),
             compiled_methods=read.methods if read is not None else (),
@@ -413,6 +421,19 @@ class _Observing:
             if read is not None and read.configures and not self._was_called(name, value):
                 parts = " and ".join(read.configures)
                 sentences.append(f"{name} ({type(value).__name__}) has {parts} configured, and nothing ever calls it")
+        return sentences
+
+    def _switches_without_use(self) -> list[str]:
+        """What is switched on of the judged pipeline's VAE and made no difference to any call, a sentence each."""
+        watched = self.watched
+        if watched.live is None:
+            return []
+        sentences = []
+        if watched.recipe.vae_tiling and not watched.tiled:
+            sentences.append("VAE tiling is on, and no call made anything that is larger than a tile")
+        batches = [_batch_of(arguments) for arguments in watched.live.captured]
+        if watched.recipe.vae_slicing and max(batches, default=1) < 2:
+            sentences.append("VAE slicing is on, and every call made one image")
         return sentences
 
     def _was_called(self, name: str, value: Any) -> bool:
@@ -478,6 +499,13 @@ def _component_name(module: torch.nn.Module, name: str) -> str:
     parts = json.loads(Path(index).read_text(encoding="utf-8")) if isinstance(index, str) else {}
     of_its_class = [key for key, part in parts.items() if isinstance(part, list) and part[-1] == kind]
     return name if name in of_its_class or not of_its_class else of_its_class[0]
+
+
+def _batch_of(arguments: Mapping[str, Any]) -> int:
+    """How many images a call makes."""
+    prompt = arguments.get("prompt")
+    each = next((arguments[name] for name in small_calls.IMAGES_PER_PROMPT if isinstance(arguments.get(name), int)), 1)
+    return (len(prompt) if isinstance(prompt, list) else 1) * int(each)
 
 
 def _reuses_steps(pipeline: Any) -> bool:

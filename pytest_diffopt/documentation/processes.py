@@ -39,6 +39,7 @@ OUR_CALLS = 2
 """So many times a block's own limit may the calls take that we make once it has ended."""
 
 _GRACE_SECONDS = 2.0
+_LOOK_SECONDS = 0.05
 _SHOWN_OUTPUT = 2000
 _FORKS = ("sim", "cpu")
 """Devices that a forked process may use; the state of a real one does not outlive a fork."""
@@ -50,13 +51,18 @@ class Server:
     Args:
         device: kind of the accelerator, or ``auto``.
         environment: set for the blocks, such as where the hub's cache is.
+        fork: whether to fork a process for each block from one that has the libraries imported; by default where that is
+            safe. Else a new one is started for each.
 
     Attributes:
         kind: of the accelerator in use, once the server has started.
     """
 
-    def __init__(self, device: str = "auto", environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, device: str = "auto", environment: Mapping[str, str] | None = None, *, fork: bool | None = None
+    ) -> None:
         self.device = device
+        self._fork = fork
         self.environment = dict(environment or {})
         self.kind = ""
         self._process: subprocess.Popen[str] | None = None
@@ -88,7 +94,7 @@ class Server:
         """Run some of them at once."""
         with self._lock:
             process = self._started()
-            forks = self.kind in _FORKS and hasattr(os, "fork")
+            forks = may_fork(self.kind, self._fork)
             runs = [self._folder() for _ in orders]
             try:
                 if forks:
@@ -121,7 +127,7 @@ class Server:
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
         self._errors = errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the server
         self._process = process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()", self.device],
+            [sys.executable, "-c", f"from {__name__} import serve; serve()", self.device, str(self._fork)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -129,7 +135,8 @@ class Server:
             env=environment,
             cwd=self._root,
         )
-        ready = self._answer(process, time.monotonic() + START_SECONDS)
+        started = time.monotonic()
+        ready = self._answer(process, lambda: time.monotonic() > started + START_SECONDS)
         if "ready" in ready:
             self.kind = ready["ready"]
             return process
@@ -144,6 +151,7 @@ class Server:
         self, process: subprocess.Popen[str], orders: Sequence[Callable[[str], Order]], runs: list[Path], seconds: float
     ) -> list[BlockRun]:
         assert process.stdin is not None
+        forks = may_fork(self.kind, self._fork)
         for number, (order, folder) in enumerate(zip(orders, runs, strict=True)):
             asked = {
                 "run": number,
@@ -155,32 +163,41 @@ class Server:
                 process.stdin.write(json.dumps(asked) + "\n")
                 process.stdin.flush()
         ended: dict[int, dict[str, Any]] = {}
-        until = time.monotonic() + (1 + OUR_CALLS) * seconds * len(orders) + 10 * _GRACE_SECONDS
+        running = [_Running(number, str(folder), seconds, time.monotonic()) for number, folder in enumerate(runs)]
+
+        def late() -> bool:  # a server that forks stops its blocks by itself, a little earlier
+            return all(one.is_late(_GRACE_SECONDS if forks else 0.0) for one in running if one.number not in ended)
+
+        timed_out = False
         while len(ended) < len(orders):
-            answer = self._answer(process, until)
+            answer = self._answer(process, late)
             if "run" not in answer:
-                self._stop()
+                timed_out = process.poll() is None
+                self._stop(at_once=True)
                 break
             ended[answer["run"]] = answer
-        lost = {"status": None, "timed_out": False}
+        lost = {"status": process.poll(), "timed_out": timed_out}
         return [_read(folder, ended.get(number, lost), seconds) for number, folder in enumerate(runs)]
 
-    def _answer(self, process: subprocess.Popen[str], until: float) -> dict[str, Any]:
+    def _answer(self, process: subprocess.Popen[str], late: Callable[[], bool]) -> dict[str, Any]:
         """The next line of the server; empty where it ended or is silent for too long."""
         found: list[str] = []
         assert process.stdout is not None
         reader = threading.Thread(target=lambda: found.append(process.stdout.readline()), daemon=True)  # type: ignore[union-attr]
         reader.start()
-        reader.join(max(0.0, until - time.monotonic()))
+        while reader.is_alive() and not late():
+            reader.join(_LOOK_SECONDS)
         if not found or not found[0].strip():
             return {}
         answer: dict[str, Any] = json.loads(found[0])
         return answer
 
-    def _stop(self) -> None:
+    def _stop(self, *, at_once: bool = False) -> None:
         process, self._process = self._process, None
         if process is None:
             return
+        if at_once:
+            process.kill()
         with contextlib.suppress(OSError):
             process.stdin.close()  # type: ignore[union-attr]
         try:
@@ -248,6 +265,13 @@ def _stuck_line(path: Path) -> int:
     return int(said["line"])
 
 
+def may_fork(kind: str, wanted: bool | None) -> bool:
+    """Whether blocks are run in forked processes."""
+    if wanted is not None:
+        return wanted and hasattr(os, "fork")
+    return kind in _FORKS and hasattr(os, "fork")
+
+
 # The server.
 
 
@@ -265,11 +289,12 @@ def serve() -> None:
         answers.write(json.dumps({"error": str(error), "unverifiable": isinstance(error, UnverifiableError)}) + "\n")
         return
     answers.write(json.dumps({"ready": accelerator.kind}) + "\n")
+    forks = may_fork(accelerator.kind, {"True": True, "False": False}.get(sys.argv[2]))
     running: dict[int, _Running] = {}
     try:
         for line in _lines(lambda: _reap(running, answers), parent):
             asked = json.loads(line)
-            if accelerator.kind not in _FORKS or not hasattr(os, "fork"):
+            if not forks:
                 answers.write(json.dumps(_in_this_process(asked, accelerator)) + "\n")
                 continue
             process = os.fork()
@@ -291,9 +316,9 @@ class _Running:
     seconds: float
     started: float
 
-    def is_late(self) -> bool:
+    def is_late(self, grace: float = 0.0) -> bool:
         """Whether its time is up: what we call after the block's own code has time of its own."""
-        passed = time.monotonic() - self.started
+        passed = time.monotonic() - self.started - grace
         if passed > self.seconds and os.path.exists(f"{self.folder}/{ENDED}"):
             return passed > (1 + OUR_CALLS) * self.seconds
         return passed > self.seconds

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 
 from pytest_diffopt.documentation import judging
@@ -133,10 +134,12 @@ class PageRuns:
         """Have the replicas of hub ids built, as they are spelled; the size of a call of each."""
         known = [one for one in ids if self._resolves(one)]
         files = [one for one in known if one.casefold() in gguf_files.REPOSITORIES]
-        hub_cache_environment([one for one in known if one not in files], registry=self._registry)
-        for hub_id, name in _GGUF.findall(text):
-            if hub_id in files:
-                gguf_files.ensure_gguf(hub_id, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries that build them
+            hub_cache_environment([one for one in known if one not in files], registry=self._registry)
+            for hub_id, name in _GGUF.findall(text):
+                if hub_id in files:
+                    gguf_files.ensure_gguf(hub_id, name)
         families = {one: self._registry.find(one) for one in known}
         return {one: tuple(family.default_size) for one, family in families.items() if family and family.default_size}
 

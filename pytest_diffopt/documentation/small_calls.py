@@ -10,6 +10,9 @@ STEPS = 4
 TEXT_TOKENS = 64
 BATCH = 2
 
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+"""What pipelines call the number of results for each prompt."""
+
 _SIZES = {"height": 64, "width": 64, "num_frames": 5, "video_length": 5}
 """Of a pipeline that no replica stands for; a replica has sizes of its own."""
 
@@ -57,7 +60,7 @@ def made_small(
     if not keeps_steps:
         cut("num_inference_steps", STEPS)
     cut("max_sequence_length", TEXT_TOKENS)
-    for name in ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"):
+    for name in IMAGES_PER_PROMPT:
         cut(name, BATCH)
     prompt = small.get("prompt")
     if isinstance(prompt, list) and len(prompt) > BATCH:

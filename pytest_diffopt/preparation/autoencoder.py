@@ -5,8 +5,9 @@ Tiles overlap and are blended, so the output is not the whole image's: a referen
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,3 +86,36 @@ def _tile(vae: Any, side: int) -> None:
         vae.enable_tiling()
     else:
         raise PreparationError(f"vae_tiling: {type(vae).__name__} does not say how large a tile is; write true")
+
+
+_TILED = ("tiled_decode", "tiled_encode")
+_TILE_SIDES = ("tile_sample_min_size", "tile_sample_min_height", "tile_sample_min_width")
+
+
+def more_than_a_tile(vae: Any) -> int:
+    """Pixels of a side that takes several tiles of a VAE; 0 where it does not work tile by tile."""
+    if not getattr(vae, "use_tiling", False):
+        return 0
+    side = max([value for name in _TILE_SIDES if isinstance(value := getattr(vae, name, None), int)], default=0)
+    return -(-side * 3 // 2 // 32) * 32
+
+
+@contextlib.contextmanager
+def counting_tiles(components: Mapping[str, torch.nn.Module], tiled: list[str]) -> Iterator[None]:
+    """Inside this the name of a component is added to ``tiled`` each time that it works tile by tile."""
+    with contextlib.ExitStack() as stack:
+        for name, module in components.items():
+            for method in _TILED if getattr(module, "use_tiling", False) else ():
+                original = getattr(module, method, None)
+                if inspect.ismethod(original):
+                    object.__setattr__(module, method, _noting(original, name, tiled))
+                    stack.callback(object.__delattr__, module, method)
+        yield
+
+
+def _noting(method: Callable[..., Any], name: str, tiled: list[str]) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        tiled.append(name)
+        return method(*args, **kwargs)
+
+    return noting
