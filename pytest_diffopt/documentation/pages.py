@@ -191,12 +191,12 @@ def _block(place: _Place, region: Region, line: int, source: str) -> Block:
                 block,
                 problem=f"another fence opens in line {inner}, inside the block of line {line}: its closing fence is missing",
             )
-    said, given, reason = place.comment.partition(":")
+    said, _, reason = place.comment.partition(":")
     said, reason = said.strip(), reason.strip()
     if not place.comment:
         return block
     if said not in _DIRECTIVES or not reason:
-        found = place.comment if given or said not in _DIRECTIVES else f"{said} without a reason"
+        found = f"{said} without a reason" if said in _DIRECTIVES else place.comment
         return replace(
             block,
             problem=f"the comment above the block says 'diffopt: {found}'; it takes 'diffopt: skip: REASON' or "

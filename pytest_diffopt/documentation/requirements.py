@@ -28,7 +28,7 @@ def pip_requirements(script: str) -> tuple[str, ...]:
 
 def _arguments(rest: str) -> list[str]:
     try:
-        words = shlex.split(rest, comments=True)
+        words = shlex.split(re.sub(r"\s#.*", "", rest))  # in an address it is no comment
     except ValueError:  # a quote that is never closed
         return []
     found: list[str] = []
