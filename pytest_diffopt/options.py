@@ -141,7 +141,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "docs_timeout",
         "seconds after which a block of a page is stopped",
-        default="300",
+        default=300.0,
         takes="a number of seconds greater than 0",
         parse=_seconds,
         metavar="SECONDS",

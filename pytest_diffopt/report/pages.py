@@ -105,11 +105,9 @@ class PageReport:
     def strict_line(self) -> str:
         """Why ``--diffopt-strict`` fails the run; empty where it does not."""
         skipped = sum(row["status"] == "skipped" for row in self.rows)
-        return (
-            f"diffopt: --diffopt-strict fails this run: {skipped} blocks skipped"
-            if skipped and self.settings.strict
-            else ""
-        )
+        if not (skipped and self.settings.strict):
+            return ""
+        return f"diffopt: --diffopt-strict fails this run: {skipped} block{'' if skipped == 1 else 's'} skipped"
 
 
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,32 @@ def test_the_header_says_what_is_set() -> None:
 def test_the_device_is_auto_or_a_kind_of_accelerator() -> None:
     (device,) = (option for option in OPTIONS if option.name == "device")
     assert device.takes == f"one of: auto, {', '.join(KINDS)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [("docs_timeout", "12.5", 12.5), ("docs_extract", "", None), ("docs_report", "", None)],
+)
+def test_options_of_pages_are_parsed(name: str, given: str, value: object) -> None:
+    (option,) = (option for option in OPTIONS if option.name == name)
+    assert option.parse is not None
+    assert option.parse(given) == value
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "soon"])
+def test_a_timeout_is_a_time(given: str) -> None:
+    (option,) = (option for option in OPTIONS if option.name == "docs_timeout")
+    assert option.parse is not None
+    with pytest.raises(ValueError):
+        option.parse(given)
+
+
+@pytest.mark.parametrize("name", ["docs_extract", "docs_report"])
+def test_a_file_that_cannot_be_written_is_refused_and_none_is_made(name: str, tmp_path: Path) -> None:
+    (option,) = (option for option in OPTIONS if option.name == name)
+    assert option.parse is not None
+    assert option.parse(str(tmp_path / "new.md")) == str(tmp_path / "new.md")
+    for wrong in (tmp_path, tmp_path / "gone" / "x.md"):
+        with pytest.raises(ValueError):
+            option.parse(str(wrong))
+    assert list(tmp_path.iterdir()) == []

@@ -102,9 +102,7 @@ def test_what_an_except_holds_back_is_told_with_its_line() -> None:
     )
     told: list[tuple[str, int]] = []
     note = rewriting.on_caught(lambda error, line: told.append((type(error).__name__, line)), "page.md")
-    exec(
-        rewriting.compiled(source, page="page.md", line=11, device="sim", folder="/f"), {rewriting.NOTE_CAUGHT: note}
-    )
+    exec(rewriting.compiled(source, page="page.md", line=11, device="sim", folder="/f"), {rewriting.NOTE_CAUGHT: note})
     assert told == [("NameError", 12), ("ZeroDivisionError", 17), ("ValueError", 19), ("KeyError", 23)]
 
 
@@ -118,7 +116,13 @@ def test_the_line_of_an_error_that_was_never_on_the_page_is_nought() -> None:
 def test_what_is_large_is_made_small_and_told() -> None:
     given = {"height": 1024, "width": 768, "num_inference_steps": 50, "max_sequence_length": 512, "guidance_scale": 7.5}
     small, shrunk = made_small(given, (96, 64))
-    assert small == {"height": 96, "width": 64, "num_inference_steps": 4, "max_sequence_length": 64, "guidance_scale": 7.5}
+    assert small == {
+        "height": 96,
+        "width": 64,
+        "num_inference_steps": 4,
+        "max_sequence_length": 64,
+        "guidance_scale": 7.5,
+    }
     assert list(map(str, shrunk)) == [
         "height=1024 as 96",
         "width=768 as 64",

@@ -83,7 +83,9 @@ def test_a_comment_just_above_a_fence_skips_it_or_expects_a_failure(tmp_path: Pa
 
 
 def test_a_comment_further_up_is_of_no_block(tmp_path: Path) -> None:
-    text = "<!-- diffopt: skip: x -->\n\ntext\n\n" + fenced("a = 1") + "<!-- diffopt: skip: y -->\n" + fenced("b", "bash")
+    text = (
+        "<!-- diffopt: skip: x -->\n\ntext\n\n" + fenced("a = 1") + "<!-- diffopt: skip: y -->\n" + fenced("b", "bash")
+    )
     assert [block.skip for block in page_of(tmp_path, text + fenced("c = 1")).blocks] == ["", ""]
 
 
@@ -100,7 +102,14 @@ def test_a_wrong_comment_says_what_it_takes(tmp_path: Path, said: str, found: st
 
 
 def test_headings_nest_and_lose_their_anchors(tmp_path: Path) -> None:
-    text = "# Top [[top]]\n" + fenced("a = 1") + "## In {#in}\n### Deep\n" + fenced("b = 1") + "## Next ##\n" + fenced("c = 1")
+    text = (
+        "# Top [[top]]\n"
+        + fenced("a = 1")
+        + "## In {#in}\n### Deep\n"
+        + fenced("b = 1")
+        + "## Next ##\n"
+        + fenced("c = 1")
+    )
     text += "```bash\n# no heading\n```\n" + fenced("d = 1")
     headings = [block.headings for block in page_of(tmp_path, text).blocks]
     assert headings == [("Top",), ("Top", "In", "Deep"), ("Top", "Next"), ("Top", "Next")]

@@ -27,6 +27,7 @@ LAYERS = (
     ("plugin", "command_line"),
     ("collection", "report", "baseline", "fixtures"),
     ("options", "markers", "hookspec"),
+    ("documentation",),
     ("checks",),
     ("installation",),
     ("forecasting",),
@@ -40,7 +41,7 @@ LAYERS = (
     ("references",),
     ("part",),
     ("byte_sizes",),
-    ("errors", "user_cache"),
+    ("errors", "user_cache", "whole_files"),
 )
 NOT_YET = {"baseline"}
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}
