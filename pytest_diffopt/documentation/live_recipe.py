@@ -167,7 +167,7 @@ def _source(pipeline: Any, components: Mapping[str, torch.nn.Module], reading: _
 
 def loaded_from(module: Any) -> str:
     """The hub id or directory that it was loaded from; empty where it was not."""
-    name = getattr(module, "_name_or_path", None) or getattr(getattr(module, "config", None), "_name_or_path", None)
+    name = getattr(getattr(module, "config", None), "_name_or_path", None) or vars(module).get("_name_or_path")
     if not isinstance(name, str):
         return ""
     snapshot = re.search(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/", name)
@@ -252,7 +252,7 @@ def _offloading(pipeline: Any, components: Mapping[str, torch.nn.Module], readin
     kinds = list(dict.fromkeys(hooked.values()))
     excluded = set(getattr(pipeline, "_exclude_from_cpu_offload", ()))
     everything = set(hooked) >= set(components) - excluded and len(kinds) == 1
-    chosen = kinds[0]
+    chosen = hooked.get("transformer") or hooked.get("unet") or kinds[0]  # the denoiser's is what the recipe is about
     names = [name for name, one in hooked.items() if one == chosen]
     reading.beside += [
         f"{name} is offloaded in another way ({one.strategy})" for name, one in hooked.items() if one != chosen

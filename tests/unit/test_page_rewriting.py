@@ -97,7 +97,7 @@ def test_placeholder_paths_lead_into_the_blocks_own_folder() -> None:
 def test_what_an_except_holds_back_is_told_with_its_line() -> None:
     source = (
         "try:\n    missing\nexcept NameError:\n    pass\n"
-        "try:\n    try:\n        1 / 0\n    except ZeroDivisionError:\n        raise ValueError('x')\nexcept Exception:\n    pass\n"
+        "try:\n    try:\n        1 / 0\n    except ZeroDivisionError:\n        raise ValueError\nexcept Exception:\n    pass\n"
         "try:\n    {}['k']\nexcept:\n    pass\n"
     )
     told: list[tuple[str, int]] = []
