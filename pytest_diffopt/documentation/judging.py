@@ -59,7 +59,7 @@ _NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:sim|cpu|mps|xpu)[.\w]*' ha
 _NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _MISSING_PACKAGE = re.compile(
-    r"requires the (?P<a>[\w.-]+) library|pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
+    r"requires the (?P<a>[\w.-]+) library|[Rr]equires (?P<c>[a-z][\w.-]+) ?[><=]=|pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
 )
 
 
@@ -210,7 +210,7 @@ def _not_here(
     if "ModuleNotFoundError" in raised.kinds and raised.missing and not installed(raised.missing.partition(".")[0]):
         return f"needs {raised.missing.partition('.')[0]}, which is not installed"
     match = _MISSING_PACKAGE.search(raised.message)
-    package = (match["a"] or match["b"]) if match else ""
+    package = (match["a"] or match["b"] or match["c"]) if match else ""
     if package and not installed(package):
         return f"needs {package}, which is not installed"
     if "OSError" in raised.kinds and (match := _PLACEHOLDER.search(raised.message)):

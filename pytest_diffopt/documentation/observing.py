@@ -401,7 +401,11 @@ class _Observing:
         if not found:
             return None
         name, value, read = found[0]
-        modules = [(name, value) for name, value, read in found if _is_module(value) and read.configures]
+        modules = [
+            (other, module)
+            for other, module, its in found
+            if _is_module(module) and its.configures and _alike(its.recipe, read.recipe)
+        ]
         if _is_module(value) and modules:  # of one pipeline that the block does not make: one recipe
             value = _Together(modules)
             read = self._read(value, None) or read
@@ -449,6 +453,11 @@ class _Together:
         for name, module in modules:
             self.components.setdefault(_component_name(module, name), module)
         self._name_or_path = next(filter(None, map(live_recipe.loaded_from, self.components.values())), None)
+
+
+def _alike(one: Recipe, other: Recipe) -> bool:
+    """Whether two modules may be of one pipeline."""
+    return (one.pipeline, one.dtype) == (other.pipeline, other.dtype)
 
 
 def _is_module(value: Any) -> bool:

@@ -108,10 +108,12 @@ class Page:
         What was defined anew is not looked for further up.
         """
         wanted = free_names(block.source)
+        before = self.before(block)
+        imported = set().union(*(imported_names(one.source) for one in before))  # a module is not changed by its users
         taken: list[Block] = []
-        for one in reversed(self.before(block)):
+        for one in reversed(before):
             bound, used = bound_names(one.source), free_names(one.source)
-            if wanted & (bound | used):
+            if wanted & bound or (wanted - imported) & used:
                 taken.append(one)
                 wanted = (wanted - bound) | used
         return tuple(reversed(taken))
@@ -306,6 +308,14 @@ def bound_names(source: str) -> set[str]:
     """Names that a block defines at its top level."""
     names = _names(source)
     return names[0] if names is not None else set()
+
+
+def imported_names(source: str) -> set[str]:
+    """Names that a block imports."""
+    if not parses(source):
+        return set()
+    imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
 
 
 def _names(source: str) -> tuple[set[str], set[str]] | None:

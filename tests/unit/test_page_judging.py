@@ -85,6 +85,7 @@ def test_a_mistake_of_the_page_fails(run: BlockRun, sentence: str) -> None:
             raised("ImportError", "X requires the sentencepiece library but it was not found"),
             "needs sentencepiece, which is not installed",
         ),
+        (raised("ImportError", "Requires mslk >= 1.0.0"), "needs mslk, which is not installed"),
         (raised("ConnectionError", "no route", "OSError"), "needs the network (ConnectionError)"),
         (
             raised("RepositoryNotFoundError", "404 for org/other", "OSError"),

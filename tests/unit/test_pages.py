@@ -208,6 +208,12 @@ def test_what_a_block_really_needs_stops_where_a_name_is_defined_anew(tmp_path: 
     assert [block.source.strip() for block in page.needed(page.blocks[-1])] == ["x = [1]", "x.append(2)"]
 
 
+def test_who_uses_a_module_is_not_needed_for_it(tmp_path: Path) -> None:
+    text = fenced("import os") + fenced("os.sep.broken()") + fenced("print(os.sep)")
+    page = page_of(tmp_path, text)
+    assert [block.source.strip() for block in page.needed(page.blocks[-1])] == ["import os"]
+
+
 def test_names_that_are_called_are_found() -> None:
     source = "vae.decode(z)\nmodel(x)\npipe.to('cuda')\nprint(other.config)"
     assert pages.called_names(source) == {"vae", "model", "print"}
