@@ -59,7 +59,8 @@ _NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:sim|cpu|mps|xpu)[.\w]*' ha
 _NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _MISSING_PACKAGE = re.compile(
-    r"requires the (?P<a>[\w.-]+) library|[Rr]equires (?P<c>[a-z][\w.-]+) ?[><=]=|pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
+    r"requires the (?P<a>[\w.-]+) library|[Rr]equires (?P<c>[a-z][\w.-]+) ?[><=]=|"
+    r"pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
 )
 
 

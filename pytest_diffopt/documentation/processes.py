@@ -124,6 +124,9 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return self._process
         environment = {**os.environ, **_ENVIRONMENT, **self.environment}
+        environment.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # a block and its reference run at once: more threads wait for each other
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
         self._errors = errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the server
         self._process = process = subprocess.Popen(
