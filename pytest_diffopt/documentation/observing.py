@@ -29,6 +29,7 @@ from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run, versio
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
 from pytest_diffopt.preparation import autoencoder, compilation, quantization
+from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas import gguf_files, registry
@@ -78,9 +79,6 @@ class LivePipeline(Prepared):
             arguments |= copied
         return arguments
 
-    def detach(self) -> None:
-        """Nothing: it is not needed any more when it is changed."""
-
 
 class _WatchedBlock(Run):
     """The observation of a block's pipeline."""
@@ -92,10 +90,14 @@ class _WatchedBlock(Run):
         self.live: LivePipeline | None = None
         self.made = 0
         self.tiled: list[str] = []
+        self._around: state.Snapshot | None = None
 
     def begin(self, live: LivePipeline, recipe: Recipe) -> None:
         """A pipeline is about to be called for the first time."""
         self.live, self.recipe = live, recipe
+        self._around = (
+            state.take_snapshot()
+        )  # inference mode, autocast, kernels of attention: calls of ours need them too
         self.is_loaded(live)
 
     def next_call(self) -> Any:
@@ -114,14 +116,18 @@ class _WatchedBlock(Run):
         """Make the calls that are still missing, and close the watches."""
         if self.live is None:
             return
+        assert self._around is not None
+        after_the_block = state.take_snapshot()
+        state.give_back(self._around)
         try:
             while self.made < CALLS:
                 self.next_call()
                 self.result = None
+            self.after_calls(self.live)
         except Exception as error:
             self.note_failure(error)
-        if self.failure is None:
-            self.after_calls(self.live)
+        finally:
+            state.give_back(after_the_block)
         prompts = [call.prompt for call in self.calls if call.kind == "call"]
         said: dict[str, Any] = {"calls": max(1, self.made)}
         if all(prompts):
@@ -142,8 +148,6 @@ class _Seen:
     not_judged: list[str] = field(default_factory=list)
     shrunk: list[small_calls.Shrunk] = field(default_factory=list)
     swallowed: list[Raised] = field(default_factory=list)
-    beside: tuple[str, ...] = ()
-    toml: str = ""
     recipe_error: str = ""
     first_call: int = 0
     inside: bool = False
@@ -175,6 +179,7 @@ class _Observing:
         self.seen = _Seen()
         self.interception = Interception()
         self.dynamo_before: dict[str, Any] = {}
+        self._unread = ""
 
     def everything(self) -> BlockRun:
         order, device = self.order, self.accelerator.kind
@@ -296,6 +301,7 @@ class _Observing:
 
     def _begin(self, pipeline: Any, read: live_recipe.LiveRecipe | None) -> bool:
         if read is None:
+            self.seen.recipe_error = self._unread
             return False
         live = self._live(pipeline, read)
         self.seen.first_call = len(self.seen.called) - 1
@@ -324,7 +330,7 @@ class _Observing:
         try:
             return live_recipe.read(self.order.name, pipeline, components, self.interception, self._dynamo(), arguments)
         except DiffoptError as error:
-            self.seen.recipe_error = str(error)
+            self._unread = str(error)
             return None
 
     def _dynamo(self) -> dict[str, Any]:
@@ -416,15 +422,17 @@ class _Observing:
     def _idle(self, namespace: Mapping[str, Any]) -> list[str]:
         """What was configured and never called, a sentence each."""
         judged = self.watched.live.pipeline if self.watched.live is not None else None
-        held = {id(module) for module in _components(judged).values()} if judged is not None else set()
+        parts = _components(judged).values() if judged is not None else ()
+        held = {id(compilation.original_module(module)) for module in parts}
         sentences = []
         for name, value in _left(namespace):
-            if value is judged or id(compilation.original_module(value)) in held or id(value) in held:
+            modules = {id(compilation.original_module(one)) for one in _components(value, name).values()}
+            if value is judged or modules <= held:
                 continue
             read = self._read(value, None, name)
             if read is not None and read.configures and not self._was_called(name, value):
-                parts = " and ".join(read.configures)
-                sentences.append(f"{name} ({type(value).__name__}) has {parts} configured, and nothing ever calls it")
+                what = " and ".join(read.configures)
+                sentences.append(f"{name} ({type(value).__name__}) has {what} configured, and nothing ever calls it")
         return sentences
 
     def _switches_without_use(self) -> list[str]:

@@ -181,6 +181,12 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, plugin: tuple[str, ...])
             "use: nothing was ever put on the accelerator (sim): everything ran on the host",
         ),
         ("Compiled", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
+        (
+            "Compiled, in a mode of its own",
+            0,
+            "passed",
+            "compilation: use, engagement, graph_breaks, recompiles, parity",
+        ),
         ("Compiled and never called", 0, "unverified", "has compilation configured, and nothing ever calls it"),
         ("Called after that", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
         ("Compiled with a break", 0, "failed", "graph_breaks: 1 graph break, 0 allowed"),
@@ -213,7 +219,7 @@ def test_a_page_becomes_a_recipe_file_whose_recipes_hold(pipelines: Ran, plugin:
     parts = [
         (bool(one.compilation), one.offloading is not None, one.quantization is not None) for one in recipes.values()
     ]
-    assert parts.count((True, False, False)) == 5
+    assert parts.count((True, False, False)) == 6
     assert parts.count((False, True, False)) == 2
     assert (False, False, True) in parts
     offloaded = next(name for name, one in recipes.items() if one.offloading is not None)
