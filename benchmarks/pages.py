@@ -28,7 +28,9 @@ def main() -> None:
         start = run()
         overheads = [run() for _ in range(BLOCKS)]
     print(f"the first block, with the start of the server: {start:.1f} s")
-    print(f"{BLOCKS} blocks after it: median {statistics.median(overheads):.3f} s, slowest {max(overheads):.3f} s (≤0.3 s)")
+    print(
+        f"{BLOCKS} blocks after it: median {statistics.median(overheads):.3f} s, slowest {max(overheads):.3f} s (≤0.3 s)"
+    )
 
 
 if __name__ == "__main__":

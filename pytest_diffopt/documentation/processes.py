@@ -175,7 +175,7 @@ class Server:
         while len(ended) < len(orders):
             answer = self._answer(process, late)
             if "run" not in answer:
-                timed_out = process.poll() is None
+                timed_out = late()  # else the server ended by itself
                 self._stop(at_once=True)
                 break
             ended[answer["run"]] = answer

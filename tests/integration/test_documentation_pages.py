@@ -382,16 +382,11 @@ def test_a_hundred_blocks_leave_the_server_as_it_was(server: Server, tmp_path: P
     for _ in range(10):
         run_in(server, "x = bytearray(2**24)", page)
     memory, files, children = state()
-    overheads = []
     for _ in range(90):
-        started = time.perf_counter()
-        ran = run_in(server, "x = bytearray(2**24)", page)
-        overheads.append(time.perf_counter() - started - ran.seconds)
-        assert ran.ended == "ran"
+        assert run_in(server, "x = bytearray(2**24)", page).ended == "ran"
     after = state()
     assert (after[1], after[2]) == (files, children) == (files, 0)
     assert after[0] - memory < 8 * 1024  # KiB
-    assert sorted(overheads)[45] < 3.0  # 0.1 s alone; benchmarks have the figure
 
 
 def test_a_block_that_dies_is_told_and_the_next_one_runs(server: Server, tmp_path: Path) -> None:
