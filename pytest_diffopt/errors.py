@@ -76,3 +76,7 @@ class MarkerError(DiffoptError, TypeError):
 
 class PageError(DiffoptError):
     """A documentation page cannot be read."""
+
+
+class BaselineError(DiffoptError):
+    """A recorded baseline cannot be used: it is damaged, was changed by hand, or is of a newer release."""

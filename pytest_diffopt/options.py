@@ -21,6 +21,8 @@ class Settings:
         compile_backend: overrides the compile backend of every recipe; None leaves it to the recipe.
         hub: whether pipelines may be downloaded from the hub.
         strict: whether unverified verdicts and skipped recipes fail the run.
+        baseline: the folder of baselines that recipes are held against; None for none.
+        update_baseline: whether what recipes do is recorded there instead.
         docs: whether documentation pages are collected.
         docs_timeout: seconds after which a block of a page is stopped.
         docs_extract: where the recipes of pages are written; None for nowhere.
@@ -31,6 +33,8 @@ class Settings:
     compile_backend: str | None = None
     hub: bool = False
     strict: bool = False
+    baseline: str | None = None
+    update_baseline: bool = False
     docs: bool = False
     docs_timeout: float = 300.0
     docs_extract: str | None = None
@@ -43,6 +47,9 @@ class Settings:
         parts = [f"device {self.device}", f"compile backend {backend}"]
         parts += ["hub allowed"] if self.hub else []
         parts += ["strict"] if self.strict else []
+        parts += (
+            [f"baseline {self.baseline}{', recorded anew' if self.update_baseline else ''}"] if self.baseline else []
+        )
         parts += ["documentation pages"] if self.docs else []
         return f"diffopt: {', '.join(parts)}"
 
@@ -98,6 +105,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _folder(text: str) -> str | None:
+    return text.rstrip("/") or text or None  # whether it is there is asked where it is read
+
+
 def _file(text: str) -> str | None:
     if not text:
         return None
@@ -131,7 +142,20 @@ OPTIONS: tuple[Option, ...] = (
         metavar="NAME",
     ),
     Option("hub", "allow downloads from the hub; by default a pipeline must be local or a replica", default=False),
-    Option("strict", "unverified verdicts and skipped recipes fail the run", default=False),
+    Option(
+        "strict",
+        "a release gate: unverified verdicts, skipped recipes, missing baselines and checks left out fail the run",
+        default=False,
+    ),
+    Option(
+        "baseline",
+        "hold every recipe against what this folder has recorded of it",
+        default="",
+        takes="a folder of baselines",
+        parse=_folder,
+        metavar="DIR",
+    ),
+    Option("update_baseline", "record what recipes do into the folder of --diffopt-baseline", default=False),
     Option(
         "docs",
         "run the Python blocks of the documentation pages (*.md, *.mdx) that are named, or are in folders that are; "

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt import hookspec
-from pytest_diffopt.collection import marked_tests, pages
+from pytest_diffopt.collection import baselines, left_out, marked_tests, pages
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
+from pytest_diffopt.report.gate import Gate
 from pytest_diffopt.report.progress import ProgressLine
 from pytest_diffopt.report.terminal import RecipeReport, status_of
 
@@ -35,7 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     marked_tests.register_markers(config)
     config.stash[SETTINGS] = read_settings(config)
     config.stash[PROGRESS] = ProgressLine()
-    config.pluginmanager.register(RecipeReport(config.stash[SETTINGS]), "diffopt-report")
+    report = RecipeReport(config.stash[SETTINGS])
+    config.pluginmanager.register(report, "diffopt-report")
+    baselines.configure(config)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Gate(config, config.stash[SETTINGS], report), "diffopt-gate")
     if config.stash[SETTINGS].docs:
         pages.configure(config)
 
@@ -70,6 +75,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     marked_tests.note_recipe(item)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    left_out.note_selected(session.config, [item.nodeid for item in session.items])
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marked_tests.set_up(item)
 
@@ -83,6 +92,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     return marked_tests.tidied(item, (yield))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    baselines.hand_to_worker(node.config, node)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -116,6 +116,19 @@ class Session:
             found = replace(found, recipe={**found.recipe, "name": recipe.name})
         return found
 
+    def load_peaks(self, recipe: Recipe, times: int) -> tuple[int, ...]:
+        """Peaks in bytes of so many further preparations of the recipe; empty where memory is not counted."""
+        from pytest_diffopt.observation.load_peaks import load_peaks
+
+        return load_peaks(
+            recipe, self.accelerator, times, allow_hub=self._allow_hub, compile_backend=self._compile_backend
+        )
+
+    @property
+    def compile_backend(self) -> str | None:
+        """The compile backend that is used instead of the recipes' own."""
+        return self._compile_backend
+
     def observed(self, recipe: Recipe) -> Observation | None:
         """What happened when the recipe ran, if it did; nothing is run."""
         return self.observe(recipe) if (recipe.content_hash, False) in self._observations else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.collection.baselines import NAME as BASELINE
 from pytest_diffopt.recipe import DOES_NOT_RUN
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def known_fault(recipe: Recipe, verdict: Verdict, observation: Observation | None) -> str:
     """The cause, where a failed verdict is one that the recipe expects; else empty."""
-    if verdict.status != "failed":
+    if verdict.status != "failed" or verdict.check == BASELINE:
         return ""
     key, told = _expected(recipe, verdict, observation)
     cause = recipe.known_faults.get(key, "")
@@ -24,6 +25,8 @@ def known_fault(recipe: Recipe, verdict: Verdict, observation: Observation | Non
 
 def against_known_faults(recipe: Recipe, verdict: Verdict, observation: Observation | None) -> Verdict:
     """The verdict, failed where a known fault is mended, or told apart from it where it fails with another cause."""
+    if verdict.check == BASELINE:  # a fault is recorded as anything else is
+        return verdict
     if (cause := recipe.known_faults.get(DOES_NOT_RUN)) and observation is not None and observation.failure is None:
         return _mended(verdict, DOES_NOT_RUN, cause, "the recipe runs")
     key, _ = _expected(recipe, verdict, observation)

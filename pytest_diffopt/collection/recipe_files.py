@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.checks.verdict import Verdict
+from pytest_diffopt.collection import baselines, left_out
 from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.record import Forecast
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     _Node = pytest.Collector | pytest.Item  # whose conftest files' hooks are asked
 
 SUFFIX = ".recipes.toml"
+_TOLD: pytest.StashKey[set[str]] = pytest.StashKey()
+"""The recipes of which this process has handed a record on."""
 
 
 class VerdictFailure(Exception):
@@ -39,7 +42,12 @@ class RecipeFile(pytest.File):
 
     def collect(self) -> Iterator[RecipeNode]:
         text = self.path.read_bytes().decode("utf-8", "replace")
-        for name, recipe in read_recipes(self.path, self).items():
+        recipes = read_recipes(self.path, self)
+        more = (baselines.NAME,) if baselines.BASELINES in self.config.stash else ()
+        left_out.note_read(
+            self.config, self.nodeid, baselines.source_name(self.path, self.config), recipes.values(), more
+        )
+        for name, recipe in recipes.items():
             yield RecipeNode.from_parent(self, name=name, recipe=recipe, line=line_of(text, name))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]
@@ -68,7 +76,8 @@ class RecipeNode(pytest.Collector):
     def collect(self) -> Iterator[CheckItem]:
         from pytest_diffopt.checks import checks_for
 
-        for check in checks_for(self.recipe):
+        more = (baselines.NAME,) if baselines.BASELINES in self.config.stash else ()
+        for check in (*checks_for(self.recipe), *more):
             yield CheckItem.from_parent(self, name=check, recipe=self.recipe, line=self.line)
 
 
@@ -103,6 +112,10 @@ class CheckItem(pytest.Item):
     def _judge(self) -> tuple[Verdict, Observation | None, Forecast | None]:
         with self.config.stash[PROGRESS].running():
             try:
+                if self.name == baselines.NAME:
+                    verdict, observation, record = baselines.judged(self.config, self.recipe, self.path, self._source)
+                    self.user_properties.append((RECORD_PROPERTY, record))
+                    return verdict, observation, None
                 session = session_of(self.config)
                 verdict = session.judge(self.recipe, self.name)
                 if self.name == "forecast":  # the recipe need not run for it
@@ -115,6 +128,11 @@ class CheckItem(pytest.Item):
 
     def _write_down(self, verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
         self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
+        told = self.config.stash.setdefault(_TOLD, set())
+        if observation is not None and self.name != baselines.NAME and self._source not in told:
+            told.add(self._source)
+            record = baselines.plain_record_of(self.config, self.recipe, self.path, observation)
+            self.user_properties.append((RECORD_PROPERTY, record))
         row = row_of(observation, [verdict], source=self._source, forecast=forecast)
         self.user_properties.append((ROW_PROPERTY, row))
 

@@ -18,6 +18,9 @@ VERDICT_PROPERTY = "diffopt_verdict"
 """A verdict, as :meth:`Verdict.to_dict` makes it."""
 ROW_PROPERTY = "diffopt_row"
 """What :func:`row_of` makes."""
+RECORD_PROPERTY = "diffopt_record"
+"""What a baseline keeps of a recipe, of the first check of a recipe in a process: ``{"file", "name", "key", "record"}``.
+That of the check ``baseline`` has the measured figures too."""
 
 Row = dict[str, Any]
 

@@ -1,0 +1,211 @@
+"""The gate: whether a run lets a release pass, said in its last line and by its exit status; and what the run records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_diffopt.collection import left_out
+from pytest_diffopt.collection.baselines import BASELINES, NAME, OUTSIDE, directory_of
+from pytest_diffopt.errors import BaselineError
+from pytest_diffopt.options import Settings
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, merged
+
+if TYPE_CHECKING:
+    from pytest_diffopt.report.terminal import RecipeReport
+
+PASSED, FAILED = "GATE PASSED", "GATE FAILED"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the gate says.
+
+    Attributes:
+        passed: whether the release may pass. sentence: ``GATE PASSED`` or ``GATE FAILED``, with the counts.
+        problems: a sentence each, of what is no test's failure.
+    """
+
+    passed: bool
+    sentence: str
+    problems: tuple[str, ...] = ()
+
+
+def outcome_of(
+    statuses: Counter[str],
+    recipes: int,
+    *,
+    exit_status: int,
+    others_failed: int = 0,
+    strict: bool = False,
+    left_out: int = 0,
+    problems: tuple[str, ...] = (),
+) -> Outcome:
+    """Judge a run.
+
+    Args:
+        statuses: how often each status of a verdict came. recipes: how many had one.
+        exit_status: as pytest would end. others_failed: tests and collections without a recipe that failed.
+        strict: whether what was not judged fails the gate. left_out: checks that were not run, as the user asked.
+        problems: with the baselines.
+    """
+    failing = {"failed": statuses["failed"], "other tests failed": others_failed}
+    if strict:
+        failing |= {name: statuses[name] for name in ("unverified", "skipped")} | {"left out": left_out}
+    told = [f"{count} {name}" for name, count in failing.items() if count]
+    told += [f"{len(problems)} problem{'s' if len(problems) > 1 else ''} with baselines"] if problems else []
+    ended = {2: "interrupted", 3: "an internal error", 4: "a wrong command line", 5: "nothing ran"}.get(exit_status)
+    told += [ended] if ended else []
+    passed = f"{statuses['passed']} verdict{'' if statuses['passed'] == 1 else 's'} of {_recipes(recipes)} passed"
+    if told or exit_status:
+        return Outcome(False, f"{FAILED}: {', '.join(told or ['the run failed'])}; {passed}", problems)
+    beside = {"known": "known to fail", "unverified": "unverified", "skipped": "skipped"}
+    rest = [f"{statuses[name]} {words}" for name, words in beside.items() if statuses[name]]
+    rest += [f"{left_out} left out"] if left_out else []
+    return Outcome(True, f"{PASSED}: {', '.join([passed, *rest])}", problems)
+
+
+def _recipes(number: int) -> str:
+    return f"{number} recipe" if number == 1 else f"{number} recipes"
+
+
+class Gate:
+    """Listens to a run, records what it is told to, and judges it; not in a worker of pytest-xdist.
+
+    Attributes:
+        outcome: known once the session has finished.
+    """
+
+    def __init__(self, config: pytest.Config, settings: Settings, report: RecipeReport) -> None:
+        self._config = config
+        self._settings = settings
+        self._report = report
+        self._others_failed: set[str] = set()
+        self._records: dict[str, dict[str, Any]] = {}  # node id of a recipe → its key, its record, its file
+        self._recorded: list[str] = []
+        self.outcome: Outcome | None = None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the run is a gate: it is strict, or held against baselines."""
+        return self._settings.strict or (BASELINES in self._config.stash and not self._settings.update_baseline)
+
+    @property
+    def _may_fail(self) -> bool:
+        return self.is_asked_for or bool(self.outcome and self.outcome.problems)
+
+    # pytest's hooks
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._others_failed.add(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.add(report)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        left_out.take_from_worker(self._config, node)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._config.option.collectonly:
+            return
+        self.finish(int(session.exitstatus))
+        closed = self.outcome is not None and not self.outcome.passed
+        if closed and self._may_fail and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+        yield  # what is said here comes last
+        for line, good in self.lines():
+            terminalreporter.write_line(line, green=good, red=not good, bold=True)
+
+    # what they delegate to
+
+    def add(self, report: pytest.TestReport) -> None:
+        """Take what a test's report carries for the gate."""
+        carried: dict[str, Any] = dict(report.user_properties) if report.user_properties else {}
+        about = carried.get(RECIPE_PROPERTY)
+        if about is None:
+            if report.failed:
+                self._others_failed.add(report.nodeid)
+        elif about["check"] == NAME and report.when == "call" and RECORD_PROPERTY in carried:
+            self._records[about["source"]] = carried[RECORD_PROPERTY]
+
+    def finish(self, exit_status: int) -> None:
+        """Record, where the run records, and judge it."""
+        rows = merged(self._report.rows)
+        problems = tuple(self._record(rows) if self._settings.update_baseline else self._orphans())
+        self.outcome = outcome_of(
+            Counter(status for row in rows for status in row["statuses"].values()),
+            len(rows),
+            exit_status=exit_status,
+            others_failed=len(self._others_failed),
+            strict=self._settings.strict,
+            left_out=len(self._config.stash.get(left_out.LEFT_OUT, [])),
+            problems=problems,
+        )
+
+    def lines(self) -> list[tuple[str, bool]]:
+        """The last lines of a run, and whether each is good news."""
+        if self.outcome is None:
+            return []
+        lines = [(f"baseline: {line}", True) for line in self._recorded]
+        lines += [(f"baseline: {line}", False) for line in self.outcome.problems]
+        return [*lines, (self.outcome.sentence, self.outcome.passed)] if self.is_asked_for else lines
+
+    def _record(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Write what was observed of each recipe that has nothing failed; returns what is wrong."""
+        from pytest_diffopt.baseline.store import Recorded, Store, entry_of
+
+        if BASELINES not in self._config.stash:
+            return []
+        baselines = self._config.stash[BASELINES]
+        sources = self._config.stash.get(left_out.SOURCES, {})
+        failed = {
+            row["source"]: [check for check, status in row["statuses"].items() if status == "failed"] for row in rows
+        }
+        done: list[Recorded] = []
+        problems: list[str] = []
+        with Store(directory_of(self._config)).locked() as store:
+            for node_id, plain in self._records.items():
+                source, recipe = plain["file"], plain["name"]
+                if checks := failed.get(node_id):
+                    problems.append(f"{recipe} is not recorded: its {' and '.join(checks)} failed")
+                    continue
+                entry = entry_of(plain)
+                was = baselines.renamed_from(source, entry.record, sources.get(source, []))
+                try:
+                    done.append(store.record(source, recipe, entry, moved_from=was))
+                except BaselineError as error:
+                    problems.append(f"{error}; it stays as it is, and {recipe} is not recorded")
+                except OSError as error:
+                    problems.append(f"{recipe} is not recorded: {error.strerror or error}; what was there stands")
+        self._recorded = _told(done, baselines.directory)
+        return problems + self._orphans({one.was for one in done})
+
+    def _orphans(self, moved: Collection[str] = ()) -> list[str]:
+        if BASELINES not in self._config.stash:
+            return []
+        baselines = self._config.stash[BASELINES]
+        root: Path = self._config.rootpath
+        sources = self._config.stash.get(left_out.SOURCES, {})
+        inside = [name for name in baselines.sources() if not name.startswith(OUTSIDE)]
+        gone = [name for name in inside if not (root / name).is_file()]
+        return [
+            f"{sentence}; delete the file if that is meant"
+            for name, sentence in baselines.orphans(sources, gone).items()
+            if name not in moved
+        ]
+
+
+def _told(done: list[Any], directory: str) -> list[str]:
+    counts = Counter(one.how for one in done)
+    told = [f"{counts[how]} {how}" for how in ("new", "changed", "moved", "as before") if counts[how]]
+    return [f"{_recipes(len(done))} recorded in {directory}: {', '.join(told)}"] if done else []
