@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScheduling
 
+from pytest_diffopt.report.lost_workers import TRIES
 from pytest_diffopt.report.rows import recipe_of
-
-TRIES = 2
-"""How many workers a recipe may take with it before the rest of its checks fail untried."""
 
 _AT_LEAST = 2
 """Items that a worker must hold: it runs one only when it knows the next, or that there is none."""

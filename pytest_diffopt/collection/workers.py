@@ -62,7 +62,7 @@ def configure(config: pytest.Config) -> None:
         permit_rsync(config)
         if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
             limit_restarts(config)
-            LostWorkers().listen(config)
+            config.pluginmanager.register(LostWorkers(config), "diffopt-lost-workers")
 
 
 def permit_rsync(config: pytest.Config) -> None:
