@@ -6,10 +6,12 @@ worker.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ THREADS = "OMP_NUM_THREADS"
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _MOST_COMPILERS = 32
 """Inductor's own limit of the processes that compile."""
+_HOST_SECONDS = 5.0
+"""How long a host is tried for that should start a worker again."""
 _RESTARTS = 4
 """How many workers may be replaced for each, as xdist has it with ``-n``."""
 
@@ -91,6 +95,7 @@ def give_places(config: pytest.Config, specs: Sequence[Any]) -> None:
     """
     import execnet
 
+    outlive_hosts(config.pluginmanager.get_plugin("dsession"))
     proxies: dict[Any, Any] = {spec.id: spec for spec in map(execnet.XSpec, config.getoption("px", None) or ())}
     for spec, place in zip(specs, places([host_of(spec, proxies) for spec in specs]), strict=True):
         spec.env[PLACE_VARIABLE] = str(place)
@@ -120,6 +125,41 @@ def host_of(spec: Any, proxies: dict[str, Any]) -> str:
     if spec.socket is not None:
         return str(spec.socket).rpartition(":")[0]
     return str(spec.vagrant_ssh or "")
+
+
+def outlive_hosts(distribution: Any) -> None:
+    """Let a run go on without a host that is gone: xdist stops where a worker cannot be started again.
+
+    Args:
+        distribution: xdist's session in the controller. Its private method that starts a worker in another's place is
+            wrapped (seen in xdist 3.6 to 3.8); where it has another name, xdist does as it does.
+    """
+    start_again = getattr(distribution, "_clone_node", None)
+    if start_again is not None:
+        distribution._clone_node = functools.partial(_start_again, distribution, start_again)
+
+
+def _start_again(distribution: Any, start_again: Callable[[Any], Any], node: Any) -> Any:
+    import execnet
+
+    until = time.monotonic() + _HOST_SECONDS
+    while True:
+        try:
+            return start_again(node)
+        except (execnet.HostNotFound, OSError, EOFError):
+            if time.monotonic() > until:
+                break
+            time.sleep(_HOST_SECONDS / 20)
+    distribution.report_line(f"{node.gateway.spec} cannot be reached again: the run goes on without it")
+    scheduling = distribution.sched
+    collected = getattr(scheduling, "node2collection", getattr(scheduling, "registered_collections", {}))
+    if node not in collected:
+        scheduling.numnodes -= 1
+        if scheduling.numnodes and scheduling.collection_is_completed:
+            scheduling.schedule()
+    if distribution._active_nodes <= {node}:
+        distribution.triggershutdown()
+    return None
 
 
 # in a worker
