@@ -7,9 +7,11 @@ worker.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -143,13 +145,14 @@ def _start_again(distribution: Any, start_again: Callable[[Any], Any], node: Any
     import execnet
 
     until = time.monotonic() + _HOST_SECONDS
-    while True:
-        try:
-            return start_again(node)
-        except (execnet.HostNotFound, OSError, EOFError):
-            if time.monotonic() > until:
-                break
-            time.sleep(_HOST_SECONDS / 20)
+    while time.monotonic() < until:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # execnet does not close a socket that was refused
+            try:
+                return start_again(node)
+            except (execnet.HostNotFound, OSError, EOFError):
+                gc.collect()
+        time.sleep(_HOST_SECONDS / 20)
     distribution.report_line(f"{node.gateway.spec} cannot be reached again: the run goes on without it")
     scheduling = distribution.sched
     collected = getattr(scheduling, "node2collection", getattr(scheduling, "registered_collections", {}))
