@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -236,12 +237,8 @@ def test_without_xdist_the_verdicts_are_the_same(run: Run, folder: Path, ledger:
     assert verdicts(folder) == ledger
 
 
-@contextlib.contextmanager
-def host(folder: Path, address: str, models: Path) -> Iterator[tuple[str, int]]:
-    """Another machine, as far as one can be had here: its own home, files, environment and port, and no file of ours."""
-    for name in ("home", "tmp", "work"):
-        (folder / name).mkdir(parents=True)
-    environment = {
+def host_environment(folder: Path, models: Path) -> dict[str, str]:
+    return {
         "PATH": os.environ["PATH"],
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "tmp"),
@@ -251,6 +248,14 @@ def host(folder: Path, address: str, models: Path) -> Iterator[tuple[str, int]]:
         "HF_HUB_OFFLINE": "1",
         "DIFFOPT_CACHE_DIR": os.environ.get("DIFFOPT_CACHE_DIR", str(Path("~/.cache/pytest-diffopt").expanduser())),
     }
+
+
+@contextlib.contextmanager
+def host(folder: Path, address: str, models: Path) -> Iterator[str]:
+    """Another machine, as far as one can be had here: its own home, files, environment and port, and no file of ours."""
+    for name in ("home", "tmp", "work"):
+        (folder / name).mkdir(parents=True)
+    environment = host_environment(folder, models)
     command = [sys.executable, "-m", "execnet.script.socketserver", "127.0.0.1:0"]
     with open(folder / "log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=folder / "work", env=environment, stdout=log, stderr=log)
@@ -260,7 +265,7 @@ def host(folder: Path, address: str, models: Path) -> Iterator[tuple[str, int]]:
             assert time.monotonic() < until
             assert server.poll() is None
             time.sleep(0.05)
-        yield f"socket={address}:{found[1]}", server.pid
+        yield f"socket={address}:{found[1]}"
     finally:
         server.kill()
         server.wait()
@@ -274,18 +279,43 @@ def models_alone(folder: Path) -> Path:
     return models
 
 
-def synced(folder: Path, *hosts: str) -> list[str]:
-    file = str(folder / "all.recipes.toml")  # xdist finds no other than whole paths in what it sends
-    where = [part for spec in hosts for part in ("--tx", spec)]
-    return ["--dist", "load", *where, "--rsyncdir", file, "--rsyncignore", "*", file, "--diffopt-device=sim"]
+def documented(folder: Path, a: str, b: str) -> list[str]:
+    """The arguments of the command that the documentation gives for two hosts, for these two."""
+    text = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    ssh, socket = (next(line for line in text.splitlines() if f"--tx {how}=gpu-a" in line) for how in ("ssh", "socket"))
+    program, *arguments = shlex.split(socket)
+    assert program == "pytest"
+    assert shlex.split(ssh)[-5:] == arguments[-5:]  # what they send and run is the same
+    places = {
+        "socket=gpu-a:8888": a,
+        "socket=gpu-b:8888": b,
+        "$PWD/gate.recipes.toml": str(folder / "all.recipes.toml"),
+    }
+    assert places.keys() <= set(arguments)
+    return [*(places.get(argument, argument) for argument in arguments), "--diffopt-device=sim"]
+
+
+def standing_in_for_ssh(folder: Path, models: Path) -> str:
+    """A program named ssh, which runs the command here, as on another machine; its folder."""
+    for name in ("home", "tmp", "work", "bin"):
+        (folder / name).mkdir(parents=True)
+    variables = " ".join(shlex.quote(f"{name}={value}") for name, value in host_environment(folder, models).items())
+    program = folder / "bin" / "ssh"
+    script = f'#!/bin/sh\nfor last; do :; done\ncd {folder}/work && exec env -i {variables} sh -c "$last"\n'
+    program.write_text(script, encoding="utf-8")
+    program.chmod(0o755)
+    return str(program.parent)
 
 
 def test_two_hosts_get_the_recipe_file_alone_and_say_the_same(
     run: Run, folder: Path, ledger: str, tmp_path: Path
 ) -> None:
     models = models_alone(tmp_path)
-    with host(tmp_path / "a", "127.0.0.1", models) as (a, _), host(tmp_path / "b", "localhost", models) as (b, _):
-        ran = run(folder, *synced(folder, a, b), "--diffopt-docs-report=reports.md")
+    (folder / "reports").mkdir()  # which the other machines do not have
+    path = os.pathsep.join([standing_in_for_ssh(tmp_path / "b", models), os.environ["PATH"]])
+    with host(tmp_path / "a", "127.0.0.1", models) as a:
+        arguments = documented(folder, a, f"ssh=gpu-b//python={sys.executable}")
+        ran = run(folder, *arguments, "--diffopt-docs-report=reports/pages.md", PATH=path)
     assert outcomes(ran) == {"failed": 5, "passed": 35}, ran.stdout
     assert verdicts(folder) == ledger
     assert set(json.loads((folder / "workers.json").read_text(encoding="utf-8"))) == {"gw0", "gw1"}
@@ -300,8 +330,8 @@ def test_a_host_that_is_gone_takes_no_more_than_its_recipe(run: Run, folder: Pat
     own = tmp_path / "own"
     own.mkdir()
     (own / "all.recipes.toml").write_text(text, encoding="utf-8")
-    with host(tmp_path / "a", "127.0.0.1", models) as (a, _), host(tmp_path / "b", "localhost", models) as (b, _):
-        ran = run(own, *synced(own, a, b))
+    with host(tmp_path / "a", "127.0.0.1", models) as a, host(tmp_path / "b", "localhost", models) as b:
+        ran = run(own, *documented(own, a, b))
     assert outcomes(ran) == {"failed": 2, "passed": 8}, ran.stdout
     assert "cannot be reached again: the run goes on without it" in ran.stdout
     assert "fatal · parity: worker gw0 was lost (Not properly terminated) while it ran fatal · parity" in ran.stdout
