@@ -30,13 +30,13 @@ FAMILIES = {
 
 
 def recipes() -> str:
-    """Ten: each replica compiled in whole blocks, and that with its components offloaded."""
+    """Ten: each replica with its denoiser in 4 and in 8 bits, compiled."""
     rows = []
     for pipeline, component in FAMILIES.items():
-        rows.append(f'[recipe.{pipeline}-compiled]\npipeline = "{pipeline}"\ndtype = "bfloat16"\n')
-        rows.append(f'compilation = {{ component = "{component}", scope = "repeated_blocks" }}\n\n')
-        rows.append(f'[recipe.{pipeline}-offloaded]\nextends = "{pipeline}-compiled"\n')
-        rows.append('offloading = { strategy = "model" }\n\n')
+        for bits in (4, 8):
+            rows.append(f'[recipe.{pipeline}-{bits}bit]\npipeline = "{pipeline}"\ndtype = "bfloat16"\n')
+            rows.append(f'quantization = {{ backend = "bitsandbytes_{bits}bit", components = ["{component}"] }}\n')
+            rows.append(f'compilation = {{ component = "{component}" }}\n\n')
     return "".join(rows)
 
 

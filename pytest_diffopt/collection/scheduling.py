@@ -23,6 +23,8 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
 
     Other tests are sent in the chunks in which xdist sends them. A unit is sent when a worker has less than two items left:
     what a recipe takes lies in its first check, so a worker that held a second recipe would keep it from an idle one.
+    A worker goes on with the recipe that follows, since neighbours in a file share references, which a worker observes once;
+    where that is taken it begins in the middle of the longest stretch that is left.
 
     Attributes:
         given_up: node ids of checks that are not tried any more, since their recipe ended several workers.
@@ -35,6 +37,8 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
         self._largest_first = groups and bool(config.getoption("loadscopereorder", True))
         self._units: list[str | None] = []
         self._sizes: Counter[str | None] = Counter()
+        self._order: list[str] = []
+        self._last: dict[str, Any] = {}
         self._begun: set[str] = set()
         self._ended: Counter[str] = Counter()
 
@@ -52,6 +56,7 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
             self._units = [self._unit_of(nodeid) for nodeid in next(iter(self.node2collection.values()))]
             self._sizes = Counter(self._units)
             self._sizes[None] = 1  # a test by itself
+            self._order = [unit for unit in dict.fromkeys(self._units) if unit is not None]
         super().schedule()
 
     def check_schedule(self, node: Any, duration: float = 0) -> None:
@@ -92,23 +97,45 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
             self.pending.sort(key=lambda index: (-self._sizes[self._units[index]], index))
         sent: list[int] = []
         while self.pending and (not sent or (len(sent) < num and len(self.node2pending[node]) < _AT_LEAST)):
-            taken = self._take(num - len(sent))
+            taken = self._take(node, num - len(sent))
             self.node2pending[node].extend(taken)
             sent += taken
         if sent:
             node.send_runtest_some(sent)
 
-    def _take(self, num: int) -> list[int]:
-        """The first unit off what is pending, or at most so many other tests that stand first."""
-        unit = self._units[self.pending[0]]
-        if unit is None:
+    def _take(self, node: Any, num: int) -> list[int]:
+        """A unit off what is pending, or at most so many other tests where they stand first."""
+        if self._units[self.pending[0]] is None:
             end = next((at for at, index in enumerate(self.pending) if self._units[index] is not None), num)
             taken: list[int] = self.pending[: min(end, num)]
             del self.pending[: len(taken)]
             return taken
+        unit = self._next_for(node)
+        self._last.pop(unit, None)
+        self._last[unit] = node  # the newest stands last
         taken = [index for index in self.pending if self._units[index] == unit]
         self.pending[:] = [index for index in self.pending if self._units[index] != unit]
         return taken
+
+    def _next_for(self, node: Any) -> str:
+        """The unit that a worker begins next, of those pending."""
+        pending = {self._units[index] for index in self.pending}
+        stretches: list[list[str]] = [[]]
+        for before, unit in zip([None, *self._order], self._order, strict=False):
+            if unit not in pending:
+                stretches.append([])
+                continue
+            if before is not None and self._last.get(before) is node and self._current(node) == before:
+                return unit
+            stretches[-1].append(unit)
+        longest = max(stretches, key=len)
+        first = self._order.index(longest[0])
+        comes = self._last.get(self._order[first - 1]) if first else None  # whoever has the one before goes on there
+        return longest[len(longest) // 2] if comes in self.node2pending and comes is not node else longest[0]
+
+    def _current(self, node: Any) -> str | None:
+        """The unit that was sent to a worker last."""
+        return next((unit for unit, sent_to in reversed(self._last.items()) if sent_to is node), None)
 
     def _unit_of(self, nodeid: str) -> str | None:
         """What must stay on one worker with this item; None for a test that may go anywhere."""

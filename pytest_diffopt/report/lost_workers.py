@@ -75,7 +75,7 @@ class LostWorkers:
         missing = [nodeid for nodeid in self._expected if nodeid not in self._told]
         checks = [nodeid for nodeid in missing if recipe_of(nodeid) is not None]
         self._unrun = [nodeid for nodeid in missing if nodeid not in checks]
-        why = f"{self.ends[-1]}, and no worker took its place" if self.ends else "no worker was given it"
+        why = f"{self.ends[-1]}, and no worker took its place" if self.ends else "no worker ran it"
         for nodeid in checks:
             self._report(nodeid, f"not run: {why}")
         nothing = bool(self.ends) and not self._expected

@@ -274,11 +274,29 @@ def test_a_worker_holds_no_second_recipe_while_it_has_two_checks_left() -> None:
 
     made = RecipeScheduling(configuration("load"), None)
     first, second = started(made, checks(10, 3))
-    assert (first.sent, second.sent) == ([0, 1, 2], [3, 4, 5])
+    assert (first.sent, second.sent) == ([0, 1, 2], [15, 16, 17])
     made.mark_test_complete(first, 0, 10.0)
     assert first.sent == [0, 1, 2]
     made.mark_test_complete(first, 1, 0.0)  # it has to know what comes after the last
-    assert first.sent == [0, 1, 2, 6, 7, 8]
+    assert first.sent == [0, 1, 2, 3, 4, 5]
+
+
+def test_neighbours_go_to_one_worker_and_an_idle_one_takes_half_of_what_is_left() -> None:
+    pytest.importorskip("xdist")
+    from pytest_diffopt.collection.scheduling import RecipeScheduling
+
+    made = RecipeScheduling(configuration("load"), None)
+    first, second = started(made, checks(12, 2))
+
+    def recipes_of(node: Node) -> list[int]:
+        return [index // 2 for index in node.sent[::2]]
+
+    done = 0
+    while len(recipes_of(first)) < 8:  # the first worker is quick, the second has not done anything
+        made.mark_test_complete(first, first.sent[done], 0.0)
+        done += 1
+    assert recipes_of(second) == [6]
+    assert recipes_of(first) == [0, 1, 2, 3, 4, 5, 9, 10]
 
 
 def test_a_recipe_that_ended_two_workers_is_given_up() -> None:
