@@ -119,7 +119,8 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
 
     def _next_for(self, node: Any) -> str:
         """The unit that a worker begins next, of those pending."""
-        pending = {self._units[index] for index in self.pending}
+        pending = {unit for index in self.pending if (unit := self._units[index]) is not None}
+        pending = {unit for unit in pending if not self._ended[unit]} or pending  # what ended a worker comes last
         stretches: list[list[str]] = [[]]
         for before, unit in zip([None, *self._order], self._order, strict=False):
             if unit not in pending:
