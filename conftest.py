@@ -19,7 +19,7 @@ os.environ.setdefault("DIFFOPT_CACHE_DIR", str(Path(__file__).parent / ".pytest_
 RunPytest = Callable[..., pytest.RunResult]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plugin_arguments() -> tuple[str, ...]:
     """What makes pytest load the plugin, where no installed entry point does."""
     installed = any(one.name == "diffopt" for one in importlib.metadata.entry_points(group="pytest11"))

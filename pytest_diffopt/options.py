@@ -65,6 +65,8 @@ class Option:
         takes: what a value may be, for the error that rejects another one.
         parse: text to value; raises ValueError where the text is wrong. None makes the option a flag.
         metavar: how the value is called in ``--help``.
+        in_workers: whether pytest-xdist's workers read it as well. A file that the controller writes they need not have:
+            they may be on another machine.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Option:
     takes: str = "true or false"
     parse: Callable[[str], Any] | None = None
     metavar: str = ""
+    in_workers: bool = True
 
     @property
     def flag(self) -> str:
@@ -177,6 +180,7 @@ OPTIONS: tuple[Option, ...] = (
         takes="a file that can be written, e.g. page.recipes.toml",
         parse=_file,
         metavar="FILE",
+        in_workers=False,
     ),
     Option(
         "docs_report",
@@ -185,6 +189,7 @@ OPTIONS: tuple[Option, ...] = (
         takes="a file that can be written, e.g. pages-report.md",
         parse=_file,
         metavar="FILE",
+        in_workers=False,
     ),
 )
 
@@ -211,6 +216,8 @@ def read_settings(config: pytest.Config) -> Settings:
 
 
 def _read(option: Option, config: pytest.Config) -> Any:
+    if hasattr(config, "workerinput") and not option.in_workers:
+        return option.parse(option.default) if option.parse is not None else bool(option.default)
     given = config.getoption(option.ini, default=None)
     where = option.flag
     if given is None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_diffopt import hookspec
-from pytest_diffopt.collection import baselines, left_out, marked_tests, pages
+from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    workers.configure(config)
     marked_tests.register_markers(config)
     config.stash[SETTINGS] = read_settings(config)
     config.stash[PROGRESS] = ProgressLine()
@@ -97,6 +98,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     baselines.hand_to_worker(node.config, node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    workers.give_places(config, specs)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast")
+_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -698,6 +698,7 @@ class Recipe(Part):
         attention: the backend of diffusers' attention dispatcher, ``"_native_efficient"``: a table by component, or one
             name for every component that can be told. None leaves it as it is.
         caching: one, a list, or none. Approximate on purpose: a reference keeps it, and the attention backend too.
+        exclusive: no other worker of the host uses the accelerator while the recipe or a reference of it runs.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -731,6 +732,7 @@ class Recipe(Part):
         one_or_many("a table, or a list of tables", (Caching, Mapping)),
         BeforeValidator(_none_as_empty),
     ] = ()
+    exclusive: Bool = False
 
     if TYPE_CHECKING:
 
@@ -752,6 +754,7 @@ class Recipe(Part):
             vae_slicing: bool = False,
             attention: str | Mapping[str, str] | None = None,
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
+            exclusive: bool = False,
         ) -> None: ...
 
     @field_validator("quantization")
@@ -822,8 +825,8 @@ class Recipe(Part):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults and
-        the forecast.
+        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults,
+        the forecast, and whether it has the accelerator alone.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.accelerators.allocation_events import AllocationEvent, CudaEvents, SimulatedEvents
+from pytest_diffopt.accelerators.sharing import take_device
 from pytest_diffopt.errors import DiffoptError
 
 if TYPE_CHECKING:
@@ -231,8 +232,13 @@ class Peak:
         return note_and_reset
 
 
-def select(kind: str = "auto") -> Accelerator:
+def select(kind: str = "auto", worker: int | None = None) -> Accelerator:
     """The accelerator of that kind; ``auto`` takes the first real one there is, else the simulated one.
+
+    Args:
+        kind: one of :data:`KINDS`, or ``auto``.
+        worker: which of several processes on this host this is, from 0: it takes its own device, round robin over those
+            visible, for good. None leaves the process the device that is current.
 
     Raises:
         DiffoptError: the kind is unknown, or there is no such device on this machine.
@@ -248,6 +254,8 @@ def select(kind: str = "auto") -> Accelerator:
     if kind == "sim":
         importlib.import_module("pytest_diffopt.accelerators.simulated")
     module = getattr(torch, kind)
+    if worker is not None:
+        take_device(kind, worker, module)
     properties = module.get_device_properties(module.current_device())
     capability = module.get_device_capability() if kind == "cuda" else None
     return Accelerator(kind, str(properties.name), int(properties.total_memory), capability)

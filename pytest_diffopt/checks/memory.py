@@ -317,10 +317,11 @@ def _phases_of_calls(memory: MemoryRecord) -> list[tuple[CallMemory, PhaseReside
 
 
 def _shares(held: Mapping[Owner, int]) -> str:
-    """The largest of them by name, the rest in one."""
-    parts = [f"{owner} {human(count)}" for owner, count in list(held.items())[:SHARES_SHOWN]]
-    if rest := list(held.values())[SHARES_SHOWN:]:
-        parts.append(f"{len(rest)} more {human(sum(rest))}")
+    """The largest of them by name, the rest in one; not what was there before, which a verdict must not depend on."""
+    own = [(owner, count) for owner, count in held.items() if owner.kind != "before"]
+    parts = [f"{owner} {human(count)}" for owner, count in own[:SHARES_SHOWN]]
+    if rest := own[SHARES_SHOWN:]:
+        parts.append(f"{len(rest)} more {human(sum(count for _, count in rest))}")
     return ", ".join(parts) or "nothing"
 
 

@@ -101,16 +101,18 @@ class Session:
         key = recipe.content_hash, force_eager
         found = self._observations.get(key)
         if found is None:
+            from pytest_diffopt.accelerators.sharing import held
             from pytest_diffopt.observation.observing import observe
 
-            found = observe(
-                recipe,
-                accelerator=self.accelerator,
-                allow_hub=self._allow_hub,
-                compile_backend=self._compile_backend,
-                progress=self._progress,
-                force_eager=force_eager,
-            )
+            with held(self.accelerator, alone=recipe.exclusive, waiting=self._progress):
+                found = observe(
+                    recipe,
+                    accelerator=self.accelerator,
+                    allow_hub=self._allow_hub,
+                    compile_backend=self._compile_backend,
+                    progress=self._progress,
+                    force_eager=force_eager,
+                )
             self._observations[key] = found
         if found.name != recipe.name:  # another recipe of the same content ran first
             found = replace(found, recipe={**found.recipe, "name": recipe.name})

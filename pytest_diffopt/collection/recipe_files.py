@@ -14,6 +14,7 @@ from pytest_diffopt.collection import baselines, left_out
 from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
+from pytest_diffopt.collection.workers import take_share
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
@@ -173,6 +174,7 @@ def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
     Raises:
         RecipeError: with every mistake in the file, and all that this installation lacks for it.
     """
+    take_share(node.config, node.config.stash[SETTINGS].device)  # before torch is imported
     from pytest_diffopt.installation import problems_with_installation
     from pytest_diffopt.recipe import Recipe
     from pytest_diffopt.recipe_loading import load_recipes

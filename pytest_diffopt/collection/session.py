@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_diffopt.collection.workers import take_share, worker_index
 from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.options import Settings
 from pytest_diffopt.report.progress import ProgressLine
@@ -36,10 +37,11 @@ def accelerator_of(config: pytest.Config) -> Accelerator:
     if NO_ACCELERATOR in config.stash:
         raise UnverifiableError(config.stash[NO_ACCELERATOR])
     if ACCELERATOR not in config.stash:
+        take_share(config, config.stash[SETTINGS].device)
         from pytest_diffopt.accelerators import select
 
         try:
-            config.stash[ACCELERATOR] = select(config.stash[SETTINGS].device)
+            config.stash[ACCELERATOR] = select(config.stash[SETTINGS].device, worker_index(config))
         except UnverifiableError as error:
             config.stash[NO_ACCELERATOR] = str(error)
             raise

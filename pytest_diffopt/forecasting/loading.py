@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,32 +12,21 @@ from typing import Any
 import torch
 
 from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+from pytest_diffopt.preparation import loading_order
 from pytest_diffopt.replicas.checkpoint import DTYPES
-
-ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
-"""Of transformers: tensors are read by one thread, so that what is loaded first does not depend on the machine."""
 
 
 @contextlib.contextmanager
 def in_order(begins: Callable[[str], object], ends: Callable[[str], object]) -> Iterator[None]:
-    """Load the components of pipelines one after the other, in the order of the pipeline's own arguments.
-
-    The libraries load them in the order of a set, which differs between processes. Files are mapped and never read.
+    """Load the components of pipelines in the order of the pipeline's own arguments. Files are mapped and never read.
 
     Args:
         begins, ends: told the name of each component that is loaded.
     """
     import safetensors
-    from diffusers import DiffusionPipeline
     from diffusers.pipelines import pipeline_utils
 
-    extract: Any = DiffusionPipeline.extract_init_dict.__func__
     load = pipeline_utils.load_sub_model
-
-    def extract_in_order(cls: Any, /, config_dict: Any, **kwargs: Any) -> Any:
-        found, *rest = extract(cls, config_dict, **kwargs)
-        order = list(inspect.signature(cls.__init__).parameters)
-        return ({name: found[name] for name in sorted(found, key=order.index)}, *rest)
 
     def load_and_tell(*args: Any, **kwargs: Any) -> Any:
         name = str(kwargs.get("name", ""))
@@ -54,12 +41,8 @@ def in_order(begins: Callable[[str], object], ends: Callable[[str], object]) -> 
     def open_mapped(filename: Any, framework: Any = "pt", device: Any = "cpu", **_: Any) -> MappedFile:
         return MappedFile(opened(filename, framework, "cpu"), Path(filename), device)
 
-    before = os.environ.get(ONE_AT_A_TIME)
     with contextlib.ExitStack() as stack:
-        os.environ[ONE_AT_A_TIME] = "1"
-        stack.callback(_give_back, before)
-        DiffusionPipeline.extract_init_dict = classmethod(extract_in_order)
-        stack.callback(delattr, DiffusionPipeline, "extract_init_dict")  # it was inherited
+        stack.enter_context(loading_order.in_order())
         stack.callback(exchange_everywhere, "safe_open", open_mapped, opened)
         exchange_everywhere("safe_open", opened, open_mapped)
         pipeline_utils.load_sub_model = load_and_tell
@@ -124,10 +107,3 @@ class MappedSlice:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
-
-
-def _give_back(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(ONE_AT_A_TIME, None)
-    else:
-        os.environ[ONE_AT_A_TIME] = value

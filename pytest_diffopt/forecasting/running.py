@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.errors import DiffoptError, ForecastError, ReplicaError
-from pytest_diffopt.forecasting import kept_tables, loading
+from pytest_diffopt.forecasting import loading
 from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
 from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
@@ -42,6 +42,7 @@ from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, qu
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
+from pytest_diffopt.preparation import kept_tables
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
 from pytest_diffopt.preparation.pipeline import Prepared, prepare
 from pytest_diffopt.quantization_backends import BACKENDS

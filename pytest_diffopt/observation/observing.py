@@ -48,7 +48,7 @@ from pytest_diffopt.observation.probes import (
     recording,
     widen,
 )
-from pytest_diffopt.preparation import attention, caching, compilation
+from pytest_diffopt.preparation import attention, caching, compilation, kept_tables
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
 from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
@@ -113,7 +113,9 @@ def observe(
     run.force_eager = force_eager
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
-    with state.borrowed_state(), accelerator.known_to_libraries(), quietly() as caught:
+    if not accelerator.is_host:
+        kept_tables.forget(accelerator.kind)
+    with state.borrowed_state(), accelerator.known_to_libraries(), kept_tables.made_anew(), quietly() as caught:
         run.everything()
         if precise and run.failure is None:
             run.in_higher_precision()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
+from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 
@@ -196,7 +197,7 @@ def prepare(
         ReplicaError: the pipeline's name resolves to nothing.
     """
     quantization.import_backends(recipe.quantizations)
-    with quiet_libraries():
+    with quiet_libraries(), in_order():
         prepared = _built(recipe, accelerator, allow_hub=allow_hub)
     for name, module in prepared.components.items():
         prepared.kept_plain[name] = quantization.kept_plain(module, recipe.quantization_for(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,16 @@ RECORD_PROPERTY = "diffopt_record"
 That of the check ``baseline`` has the measured figures too."""
 
 Row = dict[str, Any]
+
+_CHECK = re.compile(
+    r"(?P<source>.*\.recipes\.toml::(?P<recipe>(?:(?!::).)+))::(?P<check>\w+)(?:@.*)?"  # xdist adds a group behind "@"
+)
+
+
+def recipe_of(nodeid: str) -> dict[str, str] | None:
+    """What a check's node id says of it, as :data:`RECIPE_PROPERTY` does; None for any other test."""
+    found = _CHECK.fullmatch(nodeid)
+    return found.groupdict() if found else None
 
 
 def source_of(item: pytest.Item) -> str:

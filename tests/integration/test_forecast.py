@@ -19,12 +19,12 @@ import torch
 from pytest_diffopt import Call, Compilation, Offloading, Quantization, Recipe, observe
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.errors import ForecastError
-from pytest_diffopt.forecasting import kept_tables, running
+from pytest_diffopt.forecasting import running
 from pytest_diffopt.forecasting.record import CONTEXT_BYTES, Forecast
 from pytest_diffopt.forecasting.running import forecast
 from pytest_diffopt.observation.observation import Residency
 from pytest_diffopt.observation.residency import ResidencyLedger
-from pytest_diffopt.preparation import borrowed_state
+from pytest_diffopt.preparation import borrowed_state, kept_tables
 from pytest_diffopt.replicas import flux
 from pytest_diffopt.replicas.description import write_configs
 

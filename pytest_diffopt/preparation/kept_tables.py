@@ -1,6 +1,6 @@
-"""What libraries keep on the device for good: a forecast counts it as in a fresh process, and leaves none of it there.
+"""What libraries keep on the device for good: a recipe is charged for it as in a fresh process, whatever ran before it.
 
-Made while the device is dry, a table has no data: whoever found it later would read what is not there.
+Made while the device is dry, as in a forecast, a table has no data: whoever found it later would read what is not there.
 """
 
 from __future__ import annotations
