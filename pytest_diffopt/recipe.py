@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast")
+_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "isolate")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -577,7 +577,8 @@ OTHER_DYNAMO_NAME = _NEW_DYNAMO_NAMES | {new: old for old, new in _NEW_DYNAMO_NA
 """The other name of a setting that has two."""
 
 
-def _name(value: Any) -> Any:
+def recipe_name(value: Any) -> Any:
+    """The same, if a recipe may have that name; else `Mistakes`."""
     forbidden = isinstance(value, str) and any(mark in value for mark in ("::", "/", "[", "]"))
     if not isinstance(value, str) or not value.strip() or forbidden or not value.isprintable():
         raise refused(value, "a string that is not empty, on one line, without '::', '/', '[' or ']': it names a test")
@@ -698,12 +699,14 @@ class Recipe(Part):
         attention: the backend of diffusers' attention dispatcher, ``"_native_efficient"``: a table by component, or one
             name for every component that can be told. None leaves it as it is.
         caching: one, a list, or none. Approximate on purpose: a reference keeps it, and the attention backend too.
+        isolate: where a check fails, find the smallest subset of the recipe's parts that still fails, which takes runs.
+            True of the combinations of a matrix, unless it says otherwise.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
     """
 
-    name: Annotated[str, PlainValidator(_name)]
+    name: Annotated[str, PlainValidator(recipe_name)]
     pipeline: Annotated[str | Callable[..., Any], PlainValidator(_pipeline)]
     dtype: Annotated[Dtype, BeforeValidator(dtype_name)] | None = None
     quantization: NoneOneOrSeveral = None
@@ -731,6 +734,7 @@ class Recipe(Part):
         one_or_many("a table, or a list of tables", (Caching, Mapping)),
         BeforeValidator(_none_as_empty),
     ] = ()
+    isolate: Bool = False
 
     if TYPE_CHECKING:
 
@@ -752,6 +756,7 @@ class Recipe(Part):
             vae_slicing: bool = False,
             attention: str | Mapping[str, str] | None = None,
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
+            isolate: bool = False,
         ) -> None: ...
 
     @field_validator("quantization")
@@ -822,8 +827,8 @@ class Recipe(Part):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults and
-        the forecast.
+        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults, the
+        forecast and ``isolate``.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.

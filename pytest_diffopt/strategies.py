@@ -290,6 +290,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 | st.sampled_from(ATTENTION_BACKENDS)
                 | st.dictionaries(st.sampled_from(_COMPONENTS), st.sampled_from(ATTENTION_BACKENDS), min_size=1),
                 "caching": st.lists(cachings(), max_size=2, unique_by=lambda made: made.component),
+                "isolate": st.booleans(),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -88,6 +88,8 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
+        if self.recipe.isolate and verdict.status == "failed" and not reason:
+            verdict = self._isolated(verdict)
         verdict = against_known_faults(self.recipe, verdict, observation)
         self._write_down(verdict, observation, forecast)
         self._draw(observation, forecast)
@@ -112,6 +114,11 @@ class CheckItem(pytest.Item):
                 return Verdict(self.name, self.recipe.name, "unverified", str(error)), None, None
             except DiffoptError as error:
                 return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
+
+    def _isolated(self, verdict: Verdict) -> Verdict:
+        """After the verdict was compared with known faults, so that nothing added here is taken for a cause of theirs."""
+        with self.config.stash[PROGRESS].running():
+            return session_of(self.config).isolated(self.recipe, verdict)
 
     def _write_down(self, verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
         self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
