@@ -69,9 +69,12 @@ def _breaks(given: Evidence) -> tuple[list[GraphBreak], list[GraphBreak]]:
 
 
 def places(given: Evidence) -> list[str]:
-    """Where each break that counts is, and its reason: what two failures have in common."""
+    """Where each break is that makes the check fail, and its reason: what two failures have in common."""
     breaks, allowed = _breaks(given)
-    return [f"{b.component} {b.place.file}:{b.place.line} {b.reason}" for b in breaks if b not in allowed]
+    counting = [b for b in breaks if b not in allowed]
+    if len(counting) <= given.limits.max_graph_breaks:
+        return []
+    return [f"{b.component} {b.place.file}:{b.place.line} {b.reason}" for b in counting]
 
 
 def is_allowed(found: GraphBreak, files: tuple[str, ...]) -> bool:

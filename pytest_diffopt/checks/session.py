@@ -211,7 +211,9 @@ class Session:
             return verdict
         try:
             causes = self._judged(recipe, recipe, verdict.check).causes
-            return isolation.isolated(recipe, verdict, lambda subset: self._judged(recipe, subset, verdict.check), causes)
+            return isolation.isolated(
+                recipe, verdict, lambda subset: self._judged(recipe, subset, verdict.check), causes
+            )
         except Exception as error:  # whatever a subset does, the verdict is that of the whole, and stands
             line = f"smallest failing: the search ended with {type(error).__name__}: {error}".splitlines()[0]
             return replace(verdict, evidence=(*verdict.evidence, line))

@@ -88,9 +88,10 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
-        if self.recipe.isolate and verdict.status == "failed" and not reason:
-            verdict = self._isolated(verdict)
+        unexpected = verdict.status == "failed" and not reason
         verdict = against_known_faults(self.recipe, verdict, observation)
+        if unexpected and self.recipe.isolate:
+            verdict = self._isolated(verdict)
         self._write_down(verdict, observation, forecast)
         self._draw(observation, forecast)
         if observation is not None or forecast is not None:  # there is something to read beside the verdict
@@ -116,7 +117,7 @@ class CheckItem(pytest.Item):
                 return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
 
     def _isolated(self, verdict: Verdict) -> Verdict:
-        """After the verdict was compared with known faults, so that nothing added here is taken for a cause of theirs."""
+        """After the verdict was compared with known faults: nothing added here is to be taken for a cause of theirs."""
         with self.config.stash[PROGRESS].running():
             return session_of(self.config).isolated(self.recipe, verdict)
 
