@@ -68,13 +68,13 @@ def _breaks(given: Evidence) -> tuple[list[GraphBreak], list[GraphBreak]]:
     return breaks, [b for b in breaks if b.component not in whole and is_allowed(b, given.limits.allowed_break_files)]
 
 
-def places(given: Evidence) -> list[str]:
-    """Where each break is that makes the check fail, and its reason: what two failures have in common."""
+def places(given: Evidence) -> list[tuple[str, str]]:
+    """Where each break is that makes the check fail, and its reason: what two failures may have in common."""
     breaks, allowed = _breaks(given)
     counting = [b for b in breaks if b not in allowed]
     if len(counting) <= given.limits.max_graph_breaks:
         return []
-    return [f"{b.component} {b.place.file}:{b.place.line} {b.reason}" for b in counting]
+    return [(f"{b.component} {b.place.file}:{b.place.line}", b.reason) for b in counting]
 
 
 def is_allowed(found: GraphBreak, files: tuple[str, ...]) -> bool:

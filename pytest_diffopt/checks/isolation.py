@@ -91,16 +91,15 @@ def with_only(recipe: Recipe, kept: Iterable[RecipePart]) -> Recipe:
     return recipe.without(*dropped).replace(**fields, name=recipe.name, isolate=False)
 
 
-def causes_of(verdict: Verdict, places: Iterable[str] = ()) -> frozenset[str]:
+def causes_of(verdict: Verdict, places: Iterable[tuple[str, str]] = ()) -> frozenset[str]:
     """What a failed verdict is about, without the numbers that differ from run to run.
 
     Args:
-        places: of the breaks or recompiles that it counts, where the check has such.
+        places: of the breaks or recompiles that make it fail, and why each, where the check has such.
     """
     if "error" in verdict.figures:  # the run ended: how, whatever the check
         return frozenset({_stem(verdict.sentence.rpartition(" (while ")[0])})
-    found = frozenset(map(_stem, places))
-    if found:
+    if found := frozenset(f"{where} {_stem(why)}" for where, why in places):
         return found
     if verdict.check == "state":
         return frozenset(verdict.figures.get("changed", ()))
@@ -170,6 +169,8 @@ def _line(
         line += ", alone" if len(parts) > 1 else ""
     elif len(subset) == 2 and all(one.status == "passed" for one in alone):
         line += "; each alone passes"
+    elif len(subset) == 2 and all(one.status != "failed" for one in alone):
+        line += "; neither fails alone"
     else:
         line += "; no smaller subset fails like this"
     return line

@@ -89,8 +89,8 @@ def _found(given: Evidence) -> tuple[list[FrameAttempt], list[FrameAttempt], lis
     return recompiles, exhausted, [f for f in recompiles if f.call >= given.limits.warmup_calls]
 
 
-def places(given: Evidence) -> list[str]:
-    """Where each recompile is that makes the check fail, and its guard: what two failures have in common."""
+def places(given: Evidence) -> list[tuple[str, str]]:
+    """Where each recompile is that makes the check fail, and its guard: what two failures may have in common."""
     recompiles, exhausted, late = _found(given)
     if not exhausted:
         if len(late) > given.limits.max_recompiles_after_warmup:
@@ -98,7 +98,7 @@ def places(given: Evidence) -> list[str]:
         elif given.limits.max_recompiles is None or len(recompiles) <= given.limits.max_recompiles:
             recompiles = _over_budget(given, recompiles)
     frames = [*recompiles, *exhausted]
-    return [f"{f.place.file}:{f.place.line} {_generalised(f.guards[0]) if f.guards else f.outcome}" for f in frames]
+    return [(f"{f.place.file}:{f.place.line}", _generalised(f.guards[0]) if f.guards else f.outcome) for f in frames]
 
 
 def _compiled_anew(given: Evidence) -> list[FrameAttempt]:

@@ -50,7 +50,7 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
 }
 
 
-PLACES: dict[str, Callable[[Evidence], list[str]]] = {
+PLACES: dict[str, Callable[[Evidence], list[tuple[str, str]]]] = {
     graph_breaks.NAME: graph_breaks.places,
     recompiles.NAME: recompiles.places,
 }

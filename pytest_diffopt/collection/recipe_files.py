@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ from pytest_diffopt.collection.known_faults import against_known_faults, known_f
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
+from pytest_diffopt.report.combinations import note_left_out
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.record import Forecast
+    from pytest_diffopt.matrix import Matrix
     from pytest_diffopt.observation.observation import Observation
+    from pytest_diffopt.part import Mistake
     from pytest_diffopt.recipe import Recipe
 
     _Node = pytest.Collector | pytest.Item  # whose conftest files' hooks are asked
@@ -39,8 +43,8 @@ class RecipeFile(pytest.File):
 
     def collect(self) -> Iterator[RecipeNode]:
         text = self.path.read_bytes().decode("utf-8", "replace")
-        for name, recipe in read_recipes(self.path, self).items():
-            yield RecipeNode.from_parent(self, name=name, recipe=recipe, line=line_of(text, name))
+        for name, written in read_tables(self.path, self).items():
+            yield RecipeNode.from_parent(self, name=name, recipe=written.recipe, line=line_of(text, written.table))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]
         if isinstance(excinfo.value, DiffoptError):
@@ -157,37 +161,82 @@ def _told(error: BaseException) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     return f"{type(error).__name__}: {first}", {}, tuple(evidence)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A recipe and the name of the table that it is written in: its own, or that of a matrix."""
+
+    recipe: Recipe
+    table: str
+
+
 def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
     """The recipes of a file, as the hook `pytest_diffopt_modify_recipe` leaves them.
 
     Raises:
         RecipeError: with every mistake in the file, and all that this installation lacks for it.
     """
+    return {name: written.recipe for name, written in read_tables(path, node).items()}
+
+
+def read_tables(path: Path, node: _Node) -> dict[str, Written]:
+    """As `read_recipes`, each with its table. Notes which combinations of a matrix are left out.
+
+    Raises:
+        RecipeError: with every mistake in the file, and all that this installation lacks for it.
+    """
     from pytest_diffopt.installation import problems_with_installation
+    from pytest_diffopt.matrix import Matrix
+    from pytest_diffopt.part import problems_of
     from pytest_diffopt.recipe import Recipe
-    from pytest_diffopt.recipe_loading import load_recipes
+    from pytest_diffopt.recipe_loading import load_tables
 
     registry_of(node.config)  # a recipe may name a replica that a conftest file registers
-    recipes: dict[str, Recipe] = {}
+    hub = node.config.stash[SETTINGS].hub
+    found: dict[str, Written] = {}
     problems: list[Problem] = []
     try:
-        loaded = load_recipes(path)
+        tables = load_tables(path).tables
     except RecipeError as error:  # go on with the recipes that are right: every mistake of a file is told at once
         problems += error.problems
-        loaded = error.recipes
-    for name, recipe in loaded.items():
-        recipe = _located(recipe, path.parent)
-        changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
-        if changed is not None and not isinstance(changed, Recipe):
-            found = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
-            problems.append(Problem(f"recipe.{name}", found, "it returns a Recipe, or None to leave it as it is"))
-            continue
-        recipes[name] = recipe if changed is None else changed
-        hub = node.config.stash[SETTINGS].hub
-        problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}", allow_hub=hub)
+        tables = error.tables
+    for table, loaded in tables.items():
+        combined = isinstance(loaded, Matrix)
+        recipes: list[Recipe] = []
+        if isinstance(loaded, Matrix):
+            matrix, wrong = _installed(loaded, path.parent, allow_hub=hub)
+            problems += problems_of(wrong, ("recipe", table))
+            if not wrong:
+                recipes += matrix.recipes.values()
+                note_left_out(node.config, _shown_path(path, node.config), matrix)
+        else:
+            recipes.append(loaded)
+        for recipe in recipes:
+            recipe = _located(recipe, path.parent)
+            changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
+            if changed is not None and not isinstance(changed, Recipe):
+                what = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
+                allowed = "it returns a Recipe, or None to leave it as it is"
+                problems.append(Problem(f"recipe.{recipe.name}", what, allowed))
+                continue
+            found[recipe.name] = Written(recipe if changed is None else changed, table)
+            if changed is not None or not combined:  # a combination was looked at
+                problems += problems_with_installation(
+                    found[recipe.name].recipe, prefix=f"recipe.{recipe.name}", allow_hub=hub
+                )
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
-    return recipes
+    return found
+
+
+def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix, list[Mistake]]:
+    """The matrix without the combinations that this installation refuses, and what it refuses of all of them."""
+    from pytest_diffopt.installation import problems_with_installation
+
+    def refuse(recipe: Recipe) -> list[Problem]:
+        found = problems_with_installation(_located(recipe, folder), prefix="recipe", allow_hub=allow_hub)
+        return [Problem(one.path.removeprefix("recipe."), one.found, one.allowed) for one in found]
+
+    return matrix.refined(refuse)
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
