@@ -39,10 +39,8 @@ class RecipePart:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a check says of a subset. ``causes`` tells failures apart: two with a cause in common are the same failure.
-
-    A subset's ``status`` is None where the check does not apply to it.
-    """
+    """What a check says of a subset: None as its ``status`` where the check does not apply to it. ``causes`` tells failures
+    apart: two with a cause in common are the same failure."""
 
     status: str | None
     causes: frozenset[str] = frozenset()

@@ -225,16 +225,20 @@ class Session:
         if check not in checks_for(recipe):
             return isolation.Judged(None)
         try:
-            given = replace(self.evidence(recipe), limits=limits_of(whole))
+            own = self.evidence(recipe)
+            given = replace(own, limits=limits_of(whole))
             verdict = CHECKS[check](given)
         except UnverifiableError:
             return isolation.Judged("unverified")
         except DiffoptError as error:
             told = Verdict(check, recipe.name, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
             return isolation.Judged("failed", isolation.causes_of(told))
-        if verdict.status != "failed":
-            return isolation.Judged(verdict.status)
-        return isolation.Judged("failed", isolation.causes_of(verdict, PLACES[check](given) if check in PLACES else ()))
+        if verdict.status == "failed":
+            places = PLACES[check](given) if check in PLACES else ()
+            return isolation.Judged("failed", isolation.causes_of(verdict, places))
+        if CHECKS[check](own).status == "failed":
+            return isolation.Judged("failed")  # by limits that only the subset has: no pass, and not the same failure
+        return isolation.Judged(verdict.status)
 
     def judge_all(self, recipe: Recipe) -> list[Verdict]:
         """The verdicts of every check that applies to the recipe; unverified where this machine cannot tell."""

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pytest_diffopt import Call, Compilation, Contract, Offloading, Quantization, Recipe, Verdict, combinations
-from pytest_diffopt.checks.session import Session
+from pytest_diffopt.checks.evidence import Evidence
+from pytest_diffopt.checks.session import CHECKS, Session, limits_of
 from pytest_diffopt.errors import PreparationError, UnverifiableError
 from pytest_diffopt.observation import observing
 
@@ -174,6 +175,25 @@ def test_a_subset_that_fails_for_another_reason_is_not_named(session: Session) -
     assert verdict.evidence[-1].endswith("; no smaller subset fails like this")
 
 
+def test_a_subset_is_held_to_the_limits_of_the_whole_and_does_not_pass_by_them_alone(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = base(Model).replace(compilation=EAGER, offloading=MODEL)
+    assert limits_of(recipe).warmup_calls == 2
+    assert limits_of(recipe.without("offloading")).warmup_calls == 1
+
+    def strict(given: Evidence) -> Verdict:
+        if parts(given.recipe) == parts(recipe) or given.limits.warmup_calls == 1:
+            return given.failed("state", "it recompiles")
+        return given.passed("state", "it holds")
+
+    monkeypatch.setitem(CHECKS, "state", strict)
+    verdict = failed(session, recipe, "state")
+    assert verdict.evidence == (
+        "smallest failing: offloading (model) + compilation (model); no smaller subset fails like this",
+    )
+
+
 def test_a_check_that_does_not_apply_does_not_fail(session: Session) -> None:
     def factory(recipe: Recipe) -> nn.Module:
         return Model(breaks={"quantization", "compilation"} <= parts(recipe))
@@ -310,6 +330,8 @@ def test_combinations_are_collected_at_their_tables_line_and_what_is_left_out_is
 def test_a_failure_names_its_parts_and_keeps_its_status(
     run_pytest: RunPytest, files: pytest.Pytester, workers: tuple[str, ...]
 ) -> None:
+    if workers:
+        pytest.importorskip("xdist")
     result = run_pytest("-k", "parity and not whole", *workers)
     outcomes = {name: count for name, count in result.parseoutcomes().items() if name != "deselected"}
     assert outcomes == {"passed": 3, "failed": 2, "xfailed": 1}
