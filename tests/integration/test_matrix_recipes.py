@@ -184,7 +184,7 @@ def test_a_subset_is_held_to_the_limits_of_the_whole_and_does_not_pass_by_them_a
 
     def strict(given: Evidence) -> Verdict:
         if parts(given.recipe) == parts(recipe) or given.limits.warmup_calls == 1:
-            return given.failed("state", "it recompiles")
+            return given.failed("state", "it recompiles", changed=["a"])
         return given.passed("state", "it holds")
 
     monkeypatch.setitem(CHECKS, "state", strict)

@@ -336,6 +336,12 @@ print(covering([p for p in product(range(4), repeat=4) if p[0] != p[1] or p[2]],
     assert 16 <= printed[0].count("(") <= 32
 
 
+def test_a_pair_that_the_library_gives_up_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("covertable.make", lambda factors, **how: [{"a": 0, "b": 0}, {"a": 1, "b": 1}])
+    valid = [(0, 0), (0, 1), (1, 0)]
+    assert covering(valid, {"a": range(2), "b": range(2)}) == valid
+
+
 def test_pairwise_in_a_file_takes_fewer_of_the_same_recipes() -> None:
     axes = """
     [recipe.m.matrix]
