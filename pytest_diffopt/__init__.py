@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.forecasting.running import forecast
     from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
+    from pytest_diffopt.matrix import combinations
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe
     from pytest_diffopt.recipe import Caching, Call, Compilation, ForecastBudget, Offloading, Quantization, Recipe
@@ -38,6 +39,7 @@ _HOMES = {
     "advise": "pytest_diffopt.forecasting.advice",
     "assert_recipe": "pytest_diffopt.checks",
     "check": "pytest_diffopt.checks",
+    "combinations": "pytest_diffopt.matrix",
     "compile_fullgraph": "pytest_diffopt.markers",
     "forecast": "pytest_diffopt.forecasting.running",
     "load_recipes": "pytest_diffopt.recipe_loading",
@@ -66,6 +68,7 @@ __all__ = [
     "advise",
     "assert_recipe",
     "check",
+    "combinations",
     "compile_fullgraph",
     "forecast",
     "load_recipes",

@@ -44,6 +44,7 @@ class RecipeError(DiffoptError, ValueError):
         self.problems = tuple(problems)
         self.source = source
         self.recipes: dict[str, Any] = {}  # those of a file that are right, by name
+        self.tables: dict[str, Any] = {}  # the same, each matrix as such
         count = len(self.problems)
         lines = [f"{source}: {count} mistake{'' if count == 1 else 's'}"]
         lines += [f"  {problem}" for problem in self.problems]

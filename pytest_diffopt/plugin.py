@@ -13,6 +13,7 @@ from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, 
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
+from pytest_diffopt.report.combinations import CombinationsReport
 from pytest_diffopt.report.gate import Gate
 from pytest_diffopt.report.progress import ProgressLine
 from pytest_diffopt.report.terminal import RecipeReport, status_of
@@ -42,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     baselines.configure(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Gate(config, config.stash[SETTINGS], report), "diffopt-gate")
+    config.pluginmanager.register(CombinationsReport(), "diffopt-combinations")
     if config.stash[SETTINGS].docs:
         pages.configure(config)
 

@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive")
+ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive", "isolate")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -577,7 +577,8 @@ OTHER_DYNAMO_NAME = _NEW_DYNAMO_NAMES | {new: old for old, new in _NEW_DYNAMO_NA
 """The other name of a setting that has two."""
 
 
-def _name(value: Any) -> Any:
+def recipe_name(value: Any) -> Any:
+    """The same, if a recipe may have that name; else `Mistakes`."""
     forbidden = isinstance(value, str) and any(mark in value for mark in ("::", "/", "[", "]"))
     if not isinstance(value, str) or not value.strip() or forbidden or not value.isprintable():
         raise refused(value, "a string that is not empty, on one line, without '::', '/', '[' or ']': it names a test")
@@ -699,12 +700,14 @@ class Recipe(Part):
             name for every component that can be told. None leaves it as it is.
         caching: one, a list, or none. Approximate on purpose: a reference keeps it, and the attention backend too.
         exclusive: no other worker of the host uses the accelerator while the recipe or a reference of it runs.
+        isolate: where a check fails, find the smallest subset of the recipe's parts that still fails, which takes runs.
+            True of the combinations of a matrix, unless it says otherwise.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
     """
 
-    name: Annotated[str, PlainValidator(_name)]
+    name: Annotated[str, PlainValidator(recipe_name)]
     pipeline: Annotated[str | Callable[..., Any], PlainValidator(_pipeline)]
     dtype: Annotated[Dtype, BeforeValidator(dtype_name)] | None = None
     quantization: NoneOneOrSeveral = None
@@ -733,6 +736,7 @@ class Recipe(Part):
         BeforeValidator(_none_as_empty),
     ] = ()
     exclusive: Bool = False
+    isolate: Bool = False
 
     if TYPE_CHECKING:
 
@@ -755,6 +759,7 @@ class Recipe(Part):
             attention: str | Mapping[str, str] | None = None,
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
             exclusive: bool = False,
+            isolate: bool = False,
         ) -> None: ...
 
     @field_validator("quantization")
@@ -826,12 +831,12 @@ class Recipe(Part):
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults,
-        the forecast, and whether it has the accelerator alone.
+        the forecast, ``isolate``, and whether it has the accelerator alone.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.
         """
-        observed = {field: value for field, value in self.given().items() if field not in _ABOUT_THE_VERDICT}
+        observed = {field: value for field, value in self.given().items() if field not in ABOUT_THE_VERDICT}
         return hashlib.sha256(content_of(observed).encode()).hexdigest()
 
     def without(self, *parts: str) -> Self:

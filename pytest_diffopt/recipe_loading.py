@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pytest_diffopt.errors import Problem, RecipeError
+from pytest_diffopt.matrix import Matrix, matrix_of
 from pytest_diffopt.part import (
     Location,
     Mistake,
@@ -36,14 +37,39 @@ _TABLE_KEYS = [
     "extends",
     "without",
     *(field.name for field in dataclasses.fields(cast(Any, Recipe)) if field.name != "name"),
+    "matrix",
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a file holds: a recipe or a matrix for each of its tables, by name, in the order of the file."""
+
+    tables: Mapping[str, Recipe | Matrix]
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """All of them, a matrix as its combinations."""
+        found: dict[str, Recipe] = {}
+        for name, table in self.tables.items():
+            found |= table.recipes if isinstance(table, Matrix) else {name: table}
+        return found
+
+
 def load_recipes(path: str | Path) -> dict[str, Recipe]:
-    """The recipes of a TOML file by name, in the order of the file.
+    """The recipes of a TOML file by name, in the order of the file; those of a matrix are its combinations.
 
     Raises:
         RecipeError: with every mistake in the file.
+    """
+    return load_tables(path).recipes
+
+
+def load_tables(path: str | Path) -> Loaded:
+    """As `load_recipes`, with the matrices as such.
+
+    Raises:
+        RecipeError: with every mistake in the file; its ``tables`` are those that are right.
     """
     path = Path(path)
     try:
@@ -57,7 +83,7 @@ def load_recipes(path: str | Path) -> dict[str, Recipe]:
         if path.is_dir():
             found, allowed = "a directory", "a TOML file with tables [recipe.NAME]"
     else:
-        return loads_recipes(text, source=str(path))
+        return _loaded(text, str(path))
     raise RecipeError([Problem(str(path), found, allowed)], str(path))
 
 
@@ -67,6 +93,10 @@ def loads_recipes(text: str, source: str = "<string>") -> dict[str, Recipe]:
     Raises:
         RecipeError: with every mistake in the text.
     """
+    return _loaded(text, source).recipes
+
+
+def _loaded(text: str, source: str) -> Loaded:
     text = text.removeprefix("\ufeff")  # some editors begin a file with it, and tomllib refuses it
     if not text.strip():
         raise RecipeError([Problem(source, "an empty file", "at least one table [recipe.NAME]")], source)
@@ -77,15 +107,15 @@ def loads_recipes(text: str, source: str = "<string>") -> dict[str, Recipe]:
     except (RecursionError, ValueError) as error:  # nested too deep, or a number too long
         raise RecipeError([Problem(source, "text that TOML cannot hold", str(error))], source) from None
     tables, mistakes = _tables(data)
-    recipes = _built(tables, mistakes)
+    loaded = Loaded(_built(tables, mistakes))
     if mistakes:
         raw = data.get("recipe")
         places = {name: place for place, name in enumerate(raw)} if isinstance(raw, dict) else {}
         mistakes.sort(key=lambda mistake: places.get(mistake.location[1], -1) if len(mistake.location) > 1 else -1)
         wrong = RecipeError(problems_of(mistakes), source)
-        wrong.recipes = recipes
+        wrong.recipes, wrong.tables = loaded.recipes, dict(loaded.tables)
         raise wrong
-    return recipes
+    return loaded
 
 
 def _syntax_problem(message: str, text: str) -> Problem:
@@ -100,12 +130,14 @@ def _syntax_problem(message: str, text: str) -> Problem:
 
 @dataclasses.dataclass
 class _TableOfRecipe:
-    """One table of a file. ``incomplete``: a parent is missing, so what is not given may be the parent's."""
+    """One table of a file. ``incomplete``: a parent is missing, so what is not given may be the parent's. ``matrix``: what
+    stands under that key; None where it has none."""
 
     name: str
     own: dict[str, Any]
     parents: list[str]
     without: list[str]
+    matrix: Any = None
     incomplete: bool = False
     merged: dict[str, Any] = dataclasses.field(default_factory=dict)
     mistakes: list[Mistake] = dataclasses.field(default_factory=list)
@@ -124,10 +156,10 @@ def _tables(data: dict[str, Any]) -> tuple[dict[str, _TableOfRecipe], list[Mista
         if not isinstance(table, dict):
             mistakes.append(Mistake(("recipe", name), shown(table), f"a table of: {', '.join(_TABLE_KEYS)}"))
             continue
-        own = {key: value for key, value in table.items() if key in _TABLE_KEYS[2:]}
+        own = {key: value for key, value in table.items() if key in _TABLE_KEYS[2:-1]}
         parents, without = (_words(name, table, key, mistakes) for key in ("extends", "without"))
         mistakes += [unknown_key(("recipe", name), key, _TABLE_KEYS) for key in table if key not in _TABLE_KEYS]
-        tables[name] = _TableOfRecipe(name, own, parents, without)
+        tables[name] = _TableOfRecipe(name, own, parents, without, table.get("matrix"))
         for mistake in unknown_parts(without):
             mistakes.append(mistake._replace(location=("recipe", name, "without")))
         if without and "extends" not in table:
@@ -137,10 +169,15 @@ def _tables(data: dict[str, Any]) -> tuple[dict[str, _TableOfRecipe], list[Mista
     for table in tables.values():
         for parent in table.parents:
             if parent not in raw:
-                known = [other for other in raw if other != table.name]
+                known = [
+                    other for other in raw if other != table.name and getattr(tables.get(other), "matrix", None) is None
+                ]
                 allowed = f"{did_you_mean(parent, known)}known recipes: {', '.join(map(repr, known)) or 'none'}"
                 mistakes.append(Mistake(("recipe", table.name, "extends"), shown(parent), allowed))
-            table.incomplete |= parent not in tables
+            elif parent in tables and tables[parent].matrix is not None and parent != table.name:
+                allowed = "a matrix is several recipes, and none of them is extended: extend what they have in common"
+                mistakes.append(Mistake(("recipe", table.name, "extends"), f"{shown(parent)}, a matrix", allowed))
+            table.incomplete |= parent not in tables or tables[parent].matrix is not None
         table.parents = [parent for parent in table.parents if parent in tables]
     return tables, mistakes
 
@@ -154,9 +191,9 @@ def _words(name: str, table: Mapping[str, Any], key: str, mistakes: list[Mistake
     return []
 
 
-def _built(tables: dict[str, _TableOfRecipe], mistakes: list[Mistake]) -> dict[str, Recipe]:
+def _built(tables: dict[str, _TableOfRecipe], mistakes: list[Mistake]) -> dict[str, Recipe | Matrix]:
     order = _parents_first(tables, mistakes)
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe | Matrix] = {}
     for table in order:
         parents = [tables[parent] for parent in table.parents]
         table.incomplete |= any(parent.incomplete for parent in parents)
@@ -164,15 +201,48 @@ def _built(tables: dict[str, _TableOfRecipe], mistakes: list[Mistake]) -> dict[s
             table.merged = _merge(table.merged, parent.merged)
         inherited = {key: value for key, value in table.merged.items() if key not in table.without}
         table.merged = _merge(inherited, table.own)
-        recipe = object.__new__(Recipe)
-        try:
-            fill(recipe, {"name": table.name, **table.merged})
-            recipes[table.name] = recipe
-        except Mistakes as error:
-            table.mistakes = error.mistakes
+        made = _recipe_of(table) if table.matrix is None else _matrix_of(table, mistakes)
+        if made is not None:
+            recipes[table.name] = made
     for table in tables.values():
         mistakes += _own_mistakes(table, [tables[parent] for parent in table.parents])
+    mistakes += _names_taken_twice(tables, recipes)
     return {name: recipes[name] for name in tables if name in recipes}
+
+
+def _recipe_of(table: _TableOfRecipe, **more: Any) -> Recipe | None:
+    """The recipe of a table, or None: then the table has the mistakes."""
+    recipe = object.__new__(Recipe)
+    try:
+        fill(recipe, {"name": table.name, **more, **table.merged})
+    except Mistakes as error:
+        table.mistakes = error.mistakes
+        return None
+    return recipe
+
+
+def _matrix_of(table: _TableOfRecipe, mistakes: list[Mistake]) -> Matrix | None:
+    at: Location = ("recipe", table.name)
+    axes = table.matrix if isinstance(table.matrix, Mapping) else {}
+    for key in axes:
+        if key in table.own:
+            allowed = f"either here or in the matrix, whose {key} takes its place"
+            mistakes.append(Mistake((*at, key), shown(table.own[key]), allowed))
+    table.merged = {key: value for key, value in table.merged.items() if key not in axes}
+    common = _recipe_of(table, **({"pipeline": "axis"} if "pipeline" in axes else {}))
+    whole = common is not None and not table.incomplete
+    matrix, own = matrix_of(table.name, table.merged, table.matrix, whole=whole)
+    mistakes += [one._replace(location=(*at, *one.location)) for one in own]
+    return matrix
+
+
+def _names_taken_twice(tables: Mapping[str, object], recipes: Mapping[str, Recipe | Matrix]) -> Iterator[Mistake]:
+    taken = {name: name for name in tables if not isinstance(recipes.get(name), Matrix)}
+    for name, made in recipes.items():
+        for combination in made.recipes if isinstance(made, Matrix) else ():
+            if (other := taken.setdefault(combination, name)) != name:
+                found = f"a combination that is called {combination!r}, as one of [recipe.{other}] is"
+                yield Mistake(("recipe", name, "matrix"), found, 'names differ: give an entry another one, name = "…"')
 
 
 def _own_mistakes(table: _TableOfRecipe, parents: list[_TableOfRecipe]) -> Iterator[Mistake]:

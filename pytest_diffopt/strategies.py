@@ -291,6 +291,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 | st.dictionaries(st.sampled_from(_COMPONENTS), st.sampled_from(ATTENTION_BACKENDS), min_size=1),
                 "caching": st.lists(cachings(), max_size=2, unique_by=lambda made: made.component),
                 "exclusive": st.booleans(),
+                "isolate": st.booleans(),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.recipe import ABOUT_THE_VERDICT
+
 if TYPE_CHECKING:
     from pytest_diffopt.observation.observation import MemoryRecord, Observation, Place
 
@@ -174,11 +176,8 @@ def record_of(
     )
 
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast")
-
-
 def _recipe(recipe: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    kept = {key: value for key, value in recipe.items() if key not in _ABOUT_THE_VERDICT}
+    kept = {key: value for key, value in recipe.items() if key not in ABOUT_THE_VERDICT}
     pipeline = kept.get("pipeline")
     if folder and isinstance(pipeline, str) and Path(pipeline).is_relative_to(folder):
         kept["pipeline"] = Path(pipeline).relative_to(folder).as_posix()

@@ -20,10 +20,7 @@ NAME = "graph_breaks"
 def judge(given: Evidence) -> Verdict:
     """See the module."""
     compiles = given.observation.compiles
-    breaks = [b for b in compiles.graph_breaks if (b.component or b.region) and b.call in given.own_calls]
-    whole = {entry.component for entry in given.recipe.compilation if entry.fullgraph}
-    # where fullgraph is promised no file is excused: Dynamo raises at a hook's break too
-    allowed = [b for b in breaks if b.component not in whole and is_allowed(b, given.limits.allowed_break_files)]
+    breaks, allowed = _breaks(given)
     counting = [b for b in breaks if b not in allowed]
     crashes = [f for f in compiles.frames if f.outcome == "failed"]
     figures: dict[str, Any] = {
@@ -60,6 +57,24 @@ def judge(given: Evidence) -> Verdict:
         sentence = f"{counted(len(breaks), 'graph break')}: {', '.join(part for part in (in_hooks, others) if part)}"
         evidence = shortened(grouped(breaks))
     return given.passed(NAME, sentence, evidence=evidence, **figures)
+
+
+def _breaks(given: Evidence) -> tuple[list[GraphBreak], list[GraphBreak]]:
+    """(all of the recipe's own calls, those of them that are excused)."""
+    found = given.observation.compiles.graph_breaks
+    breaks = [b for b in found if (b.component or b.region) and b.call in given.own_calls]
+    whole = {entry.component for entry in given.recipe.compilation if entry.fullgraph}
+    # where fullgraph is promised no file is excused: Dynamo raises at a hook's break too
+    return breaks, [b for b in breaks if b.component not in whole and is_allowed(b, given.limits.allowed_break_files)]
+
+
+def places(given: Evidence) -> list[tuple[str, str]]:
+    """Where each break is that makes the check fail, and its reason: what two failures may have in common."""
+    breaks, allowed = _breaks(given)
+    counting = [b for b in breaks if b not in allowed]
+    if len(counting) <= given.limits.max_graph_breaks:
+        return []
+    return [(f"{b.component} {b.place.file}:{b.place.line}", b.reason) for b in counting]
 
 
 def is_allowed(found: GraphBreak, files: tuple[str, ...]) -> bool:

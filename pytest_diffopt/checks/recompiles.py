@@ -24,10 +24,7 @@ _ATTRIBUTE = re.compile(r"^(?:not )?(?:hasattr\()?self[.\[]")
 def judge(given: Evidence) -> Verdict:
     """See the module."""
     compiles, limits = given.observation.compiles, given.limits
-    own = [f for f in compiles.frames if f.call in given.own_calls and f.recompile] + _compiled_anew(given)
-    recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
-    exhausted = [f for f in compiles.limits if f.call in given.own_calls]
-    late = [f for f in recompiles if f.call >= limits.warmup_calls]
+    recompiles, exhausted, late = _found(given)
     figures: dict[str, Any] = {
         "recompiles": len(recompiles),
         "after_warmup": len(late),
@@ -81,6 +78,27 @@ def judge(given: Evidence) -> Verdict:
         evidence=shortened(grouped(recompiles)),
         **figures,
     )
+
+
+def _found(given: Evidence) -> tuple[list[FrameAttempt], list[FrameAttempt], list[FrameAttempt]]:
+    """(recompiles that count, frames that met the limit, the recompiles after warm-up)."""
+    compiles = given.observation.compiles
+    own = [f for f in compiles.frames if f.call in given.own_calls and f.recompile] + _compiled_anew(given)
+    recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
+    exhausted = [f for f in compiles.limits if f.call in given.own_calls]
+    return recompiles, exhausted, [f for f in recompiles if f.call >= given.limits.warmup_calls]
+
+
+def places(given: Evidence) -> list[tuple[str, str]]:
+    """Where each recompile is that makes the check fail, and its guard: what two failures may have in common."""
+    recompiles, exhausted, late = _found(given)
+    if not exhausted:
+        if len(late) > given.limits.max_recompiles_after_warmup:
+            recompiles = late
+        elif given.limits.max_recompiles is None or len(recompiles) <= given.limits.max_recompiles:
+            recompiles = _over_budget(given, recompiles)
+    frames = [*recompiles, *exhausted]
+    return [(f"{f.place.file}:{f.place.line}", _generalised(f.guards[0]) if f.guards else f.outcome) for f in frames]
 
 
 def _compiled_anew(given: Evidence) -> list[FrameAttempt]:

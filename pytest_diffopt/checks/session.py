@@ -15,6 +15,7 @@ from pytest_diffopt.checks import (
     engagement,
     forecast,
     graph_breaks,
+    isolation,
     memory,
     parity,
     quantization,
@@ -47,6 +48,13 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
     state.NAME: state.judge,
     forecast.NAME: forecast.judge,
 }
+
+
+PLACES: dict[str, Callable[[Evidence], list[tuple[str, str]]]] = {
+    graph_breaks.NAME: graph_breaks.places,
+    recompiles.NAME: recompiles.places,
+}
+"""Of the checks that count something at places of the code."""
 
 
 def limits_of(recipe: Recipe) -> Limits:
@@ -131,6 +139,14 @@ class Session:
         """The compile backend that is used instead of the recipes' own."""
         return self._compile_backend
 
+    def _eager(self, recipe: Recipe) -> Observation:
+        """What happened when a recipe that compiles nothing ran eager, whatever its factory does. A run of it as it is
+        will do where nothing was compiled in that: the recipe itself, or another's reference."""
+        found = self._observations.get((recipe.content_hash, False))
+        if found is None or found.compiles.frames or found.compiles.regions:
+            return self._observe(recipe, force_eager=True)
+        return self.observe(recipe)
+
     def observed(self, recipe: Recipe) -> Observation | None:
         """What happened when the recipe ran, if it did; nothing is run."""
         return self.observe(recipe) if (recipe.content_hash, False) in self._observations else None
@@ -190,7 +206,7 @@ class Session:
         if recipe.compilation or recipe.offloading is not None:
             # eager also where the factory compiles by itself; otherwise a wrong compiler would be compared with itself
             eager = recipe.without("compilation", "offloading", "dynamo")
-            reference = self._observe(eager, force_eager=bool(recipe.compilation))
+            reference = self._eager(eager) if recipe.compilation else self.observe(eager)
         elif any(region.graph_runs for region in observation.compiles.regions):
             reference = self._observe(recipe, force_eager=True)  # the factory compiles by itself
         resident = None
@@ -203,6 +219,42 @@ class Session:
         given = self.forecast_evidence(recipe) if check == forecast.NAME else self.evidence(recipe)
         return CHECKS[check](given)
 
+    def isolated(self, recipe: Recipe, verdict: Verdict) -> Verdict:
+        """A failed verdict with the smallest subset of the recipe's parts that fails in the same way, of a recipe with
+        ``isolate``; any other verdict as it is. Its status stays. Observes up to `isolation.MOST_RUNS` recipes more."""
+        if not recipe.isolate or verdict.status != "failed" or verdict.check in isolation.NOT_SEARCHED:
+            return verdict
+        try:
+            causes = self._judged(recipe, recipe, verdict.check).causes
+            return isolation.isolated(
+                recipe, verdict, lambda subset: self._judged(recipe, subset, verdict.check), causes
+            )
+        except Exception as error:  # whatever a subset does, the verdict is that of the whole, and stands
+            line = f"smallest failing: the search ended with {type(error).__name__}: {error}".splitlines()[0]
+            return replace(verdict, evidence=(*verdict.evidence, line))
+
+    def _judged(self, whole: Recipe, recipe: Recipe, check: str) -> isolation.Judged:
+        """What a check says of a subset of a recipe, held to the limits of the whole."""
+        from pytest_diffopt.checks import checks_for
+
+        if check not in checks_for(recipe):
+            return isolation.Judged(None)
+        try:
+            own = self.evidence(recipe)
+            given = replace(own, limits=limits_of(whole))
+            verdict = CHECKS[check](given)
+        except UnverifiableError:
+            return isolation.Judged("unverified")
+        except DiffoptError as error:
+            told = Verdict(check, recipe.name, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
+            return isolation.Judged("failed", isolation.causes_of(told))
+        if verdict.status == "failed":
+            places = PLACES[check](given) if check in PLACES else ()
+            return isolation.Judged("failed", isolation.causes_of(verdict, places))
+        if CHECKS[check](own).status == "failed":
+            return isolation.Judged("failed")  # by limits that only the subset has: no pass, and not the same failure
+        return isolation.Judged(verdict.status)
+
     def judge_all(self, recipe: Recipe) -> list[Verdict]:
         """The verdicts of every check that applies to the recipe; unverified where this machine cannot tell."""
         from pytest_diffopt.checks import checks_for
@@ -211,7 +263,7 @@ class Session:
         observed = [name for name in names if name != forecast.NAME]
         try:
             evidence = self.evidence(recipe)
-            verdicts = [CHECKS[name](evidence) for name in observed]
+            verdicts = [self.isolated(recipe, CHECKS[name](evidence)) for name in observed]
         except UnverifiableError as error:
             verdicts = [Verdict(name, recipe.name, "unverified", str(error)) for name in observed]
         return verdicts + [self.judge(recipe, name) for name in names if name == forecast.NAME]

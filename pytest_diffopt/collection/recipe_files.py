@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,15 @@ from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, s
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.collection.workers import take_share
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
+from pytest_diffopt.report.combinations import note_left_out
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.record import Forecast
+    from pytest_diffopt.matrix import Matrix
     from pytest_diffopt.observation.observation import Observation
+    from pytest_diffopt.part import Mistake
     from pytest_diffopt.recipe import Recipe
 
     _Node = pytest.Collector | pytest.Item  # whose conftest files' hooks are asked
@@ -43,13 +47,12 @@ class RecipeFile(pytest.File):
 
     def collect(self) -> Iterator[RecipeNode]:
         text = self.path.read_bytes().decode("utf-8", "replace")
-        recipes = read_recipes(self.path, self)
+        tables = read_tables(self.path, self)
         more = (baselines.NAME,) if baselines.BASELINES in self.config.stash else ()
-        left_out.note_read(
-            self.config, self.nodeid, baselines.source_name(self.path, self.config), recipes.values(), more
-        )
-        for name, recipe in recipes.items():
-            yield RecipeNode.from_parent(self, name=name, recipe=recipe, line=line_of(text, name))
+        source = baselines.source_name(self.path, self.config)
+        left_out.note_read(self.config, self.nodeid, source, [written.recipe for written in tables.values()], more)
+        for name, written in tables.items():
+            yield RecipeNode.from_parent(self, name=name, recipe=written.recipe, line=line_of(text, written.table))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]
         if isinstance(excinfo.value, DiffoptError):
@@ -98,7 +101,10 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
+        unexpected = verdict.status == "failed" and not reason
         verdict = against_known_faults(self.recipe, verdict, observation)
+        if unexpected and self.recipe.isolate and self.name != baselines.NAME:
+            verdict = self._isolated(verdict)
         self._write_down(verdict, observation, forecast)
         self._draw(observation, forecast)
         if observation is not None or forecast is not None:  # there is something to read beside the verdict
@@ -126,6 +132,11 @@ class CheckItem(pytest.Item):
                 return Verdict(self.name, self.recipe.name, "unverified", str(error)), None, None
             except DiffoptError as error:
                 return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
+
+    def _isolated(self, verdict: Verdict) -> Verdict:
+        """After the verdict was compared with known faults: nothing added here is to be taken for a cause of theirs."""
+        with self.config.stash[PROGRESS].running():
+            return session_of(self.config).isolated(self.recipe, verdict)
 
     def _write_down(self, verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
         self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
@@ -168,38 +179,83 @@ def _told(error: BaseException) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     return f"{type(error).__name__}: {first}", {}, tuple(evidence)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A recipe and the name of the table that it is written in: its own, or that of a matrix."""
+
+    recipe: Recipe
+    table: str
+
+
 def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
     """The recipes of a file, as the hook `pytest_diffopt_modify_recipe` leaves them.
 
     Raises:
         RecipeError: with every mistake in the file, and all that this installation lacks for it.
     """
+    return {name: written.recipe for name, written in read_tables(path, node).items()}
+
+
+def read_tables(path: Path, node: _Node) -> dict[str, Written]:
+    """As `read_recipes`, each with its table. Notes which combinations of a matrix are left out.
+
+    Raises:
+        RecipeError: with every mistake in the file, and all that this installation lacks for it.
+    """
     take_share(node.config, node.config.stash[SETTINGS].device)  # before torch is imported
     from pytest_diffopt.installation import problems_with_installation
+    from pytest_diffopt.matrix import Matrix
+    from pytest_diffopt.part import problems_of
     from pytest_diffopt.recipe import Recipe
-    from pytest_diffopt.recipe_loading import load_recipes
+    from pytest_diffopt.recipe_loading import load_tables
 
     registry_of(node.config)  # a recipe may name a replica that a conftest file registers
-    recipes: dict[str, Recipe] = {}
+    hub = node.config.stash[SETTINGS].hub
+    found: dict[str, Written] = {}
     problems: list[Problem] = []
     try:
-        loaded = load_recipes(path)
+        tables = load_tables(path).tables
     except RecipeError as error:  # go on with the recipes that are right: every mistake of a file is told at once
         problems += error.problems
-        loaded = error.recipes
-    for name, recipe in loaded.items():
-        recipe = _located(recipe, path.parent)
-        changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
-        if changed is not None and not isinstance(changed, Recipe):
-            found = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
-            problems.append(Problem(f"recipe.{name}", found, "it returns a Recipe, or None to leave it as it is"))
-            continue
-        recipes[name] = recipe if changed is None else changed
-        hub = node.config.stash[SETTINGS].hub
-        problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}", allow_hub=hub)
+        tables = error.tables
+    for table, loaded in tables.items():
+        combined = isinstance(loaded, Matrix)
+        recipes: list[Recipe] = []
+        if isinstance(loaded, Matrix):
+            matrix, wrong = _installed(loaded, path.parent, allow_hub=hub)
+            problems += problems_of(wrong, ("recipe", table))
+            if not wrong:
+                recipes += matrix.recipes.values()
+                note_left_out(node.config, _shown_path(path, node.config), matrix)
+        else:
+            recipes.append(loaded)
+        for recipe in recipes:
+            recipe = _located(recipe, path.parent)
+            changed = node.ihook.pytest_diffopt_modify_recipe(recipe=recipe, config=node.config)
+            if changed is not None and not isinstance(changed, Recipe):
+                what = f"{type(changed).__name__} from the hook pytest_diffopt_modify_recipe"
+                allowed = "it returns a Recipe, or None to leave it as it is"
+                problems.append(Problem(f"recipe.{recipe.name}", what, allowed))
+                continue
+            found[recipe.name] = Written(recipe if changed is None else changed, table)
+            if changed is not None or not combined:  # a combination was looked at
+                problems += problems_with_installation(
+                    found[recipe.name].recipe, prefix=f"recipe.{recipe.name}", allow_hub=hub
+                )
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
-    return recipes
+    return found
+
+
+def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix, list[Mistake]]:
+    """The matrix without the combinations that this installation refuses, and what it refuses of all of them."""
+    from pytest_diffopt.installation import problems_with_installation
+
+    def refuse(recipe: Recipe) -> list[Problem]:
+        found = problems_with_installation(_located(recipe, folder), prefix="recipe", allow_hub=allow_hub)
+        return [Problem(one.path.removeprefix("recipe."), one.found, one.allowed) for one in found]
+
+    return matrix.refined(refuse)
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:

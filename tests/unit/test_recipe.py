@@ -180,7 +180,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate"
         ),
     ]
 
@@ -196,11 +196,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijklmnopqr") == [
+    assert mistakes(Recipe, *"abcdefghijklmnopqrs") == [
         (
-            "Recipe: found 18 positional arguments; it takes 17: "
+            "Recipe: found 19 positional arguments; it takes 18: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]

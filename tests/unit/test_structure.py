@@ -34,7 +34,7 @@ LAYERS = (
     ("observation",),
     ("preparation",),
     ("replicas", "accelerators"),
-    ("strategies", "recipe_loading"),
+    ("strategies", "recipe_loading", "matrix"),
     ("recipe",),
     ("quantization_backends",),
     ("contract", "denoising"),
