@@ -23,6 +23,7 @@ class Settings:
         strict: whether unverified verdicts and skipped recipes fail the run.
         baseline: the folder of baselines that recipes are held against; None for none.
         update_baseline: whether what recipes do is recorded there instead.
+        report: where reports of the run are written; the suffix says which kind.
         docs: whether documentation pages are collected.
         docs_timeout: seconds after which a block of a page is stopped.
         docs_extract: where the recipes of pages are written; None for nowhere.
@@ -35,6 +36,7 @@ class Settings:
     strict: bool = False
     baseline: str | None = None
     update_baseline: bool = False
+    report: tuple[str, ...] = ()
     docs: bool = False
     docs_timeout: float = 300.0
     docs_extract: str | None = None
@@ -67,6 +69,7 @@ class Option:
         metavar: how the value is called in ``--help``.
         in_workers: whether pytest-xdist's workers read it as well. A file that the controller writes they need not have:
             they may be on another machine.
+        repeatable: it may be given several times, and the ini option a line each; its field is a tuple.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     metavar: str = ""
     in_workers: bool = True
+    repeatable: bool = False
 
     @property
     def flag(self) -> str:
@@ -124,6 +128,15 @@ def _file(text: str) -> str | None:
     return text
 
 
+REPORT_SUFFIXES = (".json", ".md", ".html", ".xml")
+
+
+def _report(text: str) -> str:
+    if not text.endswith(REPORT_SUFFIXES):
+        raise ValueError(text)
+    return text  # whether it can be written is asked where it is known from which folder it is named
+
+
 # accelerators.KINDS, written again (a test compares them): importing it would slow every start of pytest
 _DEVICES = ("auto", "cuda", "xpu", "mps", "sim", "cpu")
 
@@ -159,6 +172,16 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
     ),
     Option("update_baseline", "record what recipes do into the folder of --diffopt-baseline", default=False),
+    Option(
+        "report",
+        f"write a report of the run into this file; {', '.join(REPORT_SUFFIXES)} says which kind; repeatable",
+        default=(),
+        takes=f"a file that ends in one of: {', '.join(REPORT_SUFFIXES)}",
+        parse=_report,
+        metavar="PATH",
+        in_workers=False,
+        repeatable=True,
+    ),
     Option(
         "docs",
         "run the Python blocks of the documentation pages (*.md, *.mdx) that are named, or are in folders that are; "
@@ -203,6 +226,16 @@ def add_options(parser: pytest.Parser) -> None:
         if option.parse is None:
             group.addoption(option.flag, dest=option.ini, action="store_true", default=None, help=option.help + default)
             parser.addini(option.ini, option.help, type="bool", default=option.default)
+        elif option.repeatable:
+            group.addoption(
+                option.flag,
+                dest=option.ini,
+                action="append",
+                default=None,
+                metavar=option.metavar,
+                help=option.help + default,
+            )
+            parser.addini(option.ini, option.help, type="linelist", default=list(option.default))
         else:
             group.addoption(
                 option.flag, dest=option.ini, default=None, metavar=option.metavar, help=option.help + default
@@ -217,7 +250,7 @@ def read_settings(config: pytest.Config) -> Settings:
 
 def _read(option: Option, config: pytest.Config) -> Any:
     if hasattr(config, "workerinput") and not option.in_workers:
-        return option.parse(option.default) if option.parse is not None else bool(option.default)
+        return option.default if option.parse is None or option.repeatable else option.parse(option.default)
     given = config.getoption(option.ini, default=None)
     where = option.flag
     if given is None:
@@ -228,6 +261,13 @@ def _read(option: Option, config: pytest.Config) -> Any:
             raise pytest.UsageError(f"{where}: {error}; it takes {option.takes}") from None
     if option.parse is None:
         return bool(given)
+    if option.repeatable:
+        return tuple(_parsed(option, where, one) for one in given)
+    return _parsed(option, where, given)
+
+
+def _parsed(option: Option, where: str, given: str) -> Any:
+    assert option.parse is not None
     try:
         return option.parse(given)
     except ValueError:

@@ -13,6 +13,7 @@ from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, 
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
 from pytest_diffopt.options import add_options, read_settings
+from pytest_diffopt.report import reports
 from pytest_diffopt.report.combinations import CombinationsReport
 from pytest_diffopt.report.gate import Gate
 from pytest_diffopt.report.progress import ProgressLine
@@ -33,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-html, which is told which page to write
 def pytest_configure(config: pytest.Config) -> None:
     workers.configure(config)
     marked_tests.register_markers(config)
@@ -41,8 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     report = RecipeReport(config.stash[SETTINGS])
     config.pluginmanager.register(report, "diffopt-report")
     baselines.configure(config)
+    gate = None
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Gate(config, config.stash[SETTINGS], report), "diffopt-gate")
+        gate = Gate(config, config.stash[SETTINGS], report)
+        config.pluginmanager.register(gate, "diffopt-gate")
+    reports.configure(config, gate)
     config.pluginmanager.register(CombinationsReport(), "diffopt-combinations")
     if config.stash[SETTINGS].docs:
         pages.configure(config)
@@ -100,6 +105,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     baselines.hand_to_worker(node.config, node)
+    reports.hand_to_worker(node.config, node)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -116,6 +116,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def placed(found: Iterable[tuple[str, Place, str]]) -> list[dict[str, Any]]:
+    """Where a verdict points to, as plain data for its figures: ``{"component", "file", "line", "function", "why", "count"}``.
+
+    Args:
+        found: (component, place, why); equal ones are one, and counted.
+    """
+    counts: dict[tuple[str, str, int, str, str], int] = {}
+    for component, place, why in found:
+        key = (component, place.file, place.line, place.function, why)
+        counts[key] = counts.get(key, 0) + 1
+    names = ("component", "file", "line", "function", "why")
+    return [{**dict(zip(names, key, strict=True)), "count": count} for key, count in counts.items()]
+
+
 def shortened(lines: list[str]) -> list[str]:
     """At most :data:`SHOWN` lines, and a last one that counts the rest."""
     rest = len(lines) - SHOWN

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
+from pytest_diffopt.checks.evidence import Evidence, counted, placed, region_name, shortened
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -38,6 +38,7 @@ def judge(given: Evidence) -> Verdict:
             f"{counted(len(counting), 'graph break')}{gave_up}, {given.limits.max_graph_breaks} allowed",
             evidence=evidence,
             **figures,
+            places=placed((b.component, b.place, b.reason) for b in counting),
         )
     if crashes and given.observation.failure is None:
         return given.failed(
@@ -45,6 +46,7 @@ def judge(given: Evidence) -> Verdict:
             f"{counted(len(crashes), 'frame')} fell back to eager: {crashes[0].reason}",
             evidence=[f"{region_name(f.component, f.region, f.place)}  {f.place.file}:{f.place.line}" for f in crashes],
             **figures,
+            places=placed((f.component, f.place, f.reason) for f in crashes),
         )
     if verdict := given.did_not_run(NAME):
         return verdict

@@ -12,6 +12,7 @@ later call overwrote; inputs whose in-place updates were lost.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def judge(given: Evidence) -> Verdict:
         "worst": describe(worst.output),
         "compared": len(comparisons),
         "yardstick": own_yardstick(reference),
+        "components": by_component(comparisons),
     }
     if worst.excess > 1:
         first = next(c for c in comparisons if c.excess > 1)
@@ -158,6 +160,25 @@ def own_yardstick(reference: Observation) -> str:
     if reference.precise_outputs:
         return f"against {reference.precise_dtype}"
     return "against the reference run again, and its dtype's rounding"
+
+
+def by_component(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float]]:
+    """Component → the worst of its tensors: ``required`` and ``allowed``, relative to their size, the ``floor``, and
+    ``excess``, how many times over what is allowed. What the pipeline returns is called ``output``."""
+    worst: dict[str, Comparison] = {}
+    for c in comparisons:
+        name = c.output.component or "output"
+        if name not in worst or c.excess > worst[name].excess:
+            worst[name] = c
+    return {
+        name: {
+            "required": float(f"{c.found.rms:.3g}"),
+            "allowed": float(f"{c.allowed:.3g}"),
+            "floor": float(f"{c.floor:.3g}"),
+            "excess": float(f"{c.excess:.3g}"),
+        }
+        for name, c in worst.items()
+    }
 
 
 def describe(output: Output) -> str:

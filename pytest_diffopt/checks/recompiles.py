@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_diffopt.checks.evidence import Evidence, counted, region_name, shortened
+from pytest_diffopt.checks.evidence import Evidence, counted, placed, region_name, shortened
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -40,6 +40,7 @@ def judge(given: Evidence) -> Verdict:
             f"runs eager from call {first.call} on, after {counted(len(recompiles), 'recompile')}",
             evidence=[*shortened(grouped([*recompiles, *exhausted])), *advice([*recompiles, *exhausted])],
             **figures,
+            places=_placed([*recompiles, *exhausted]),
         )
     if len(late) > limits.max_recompiles_after_warmup:
         return given.failed(
@@ -47,6 +48,7 @@ def judge(given: Evidence) -> Verdict:
             f"{len(late)} after warm-up, {limits.max_recompiles_after_warmup} allowed",
             evidence=[*shortened(grouped(late)), *advice(late)],
             **figures,
+            places=_placed(late),
         )
     if limits.max_recompiles is not None and len(recompiles) > limits.max_recompiles:
         return given.failed(
@@ -54,6 +56,7 @@ def judge(given: Evidence) -> Verdict:
             f"{len(recompiles)} in all, {limits.max_recompiles} allowed",
             evidence=[*shortened(grouped(recompiles)), *advice(recompiles)],
             **figures,
+            places=_placed(recompiles),
         )
     if over := _over_budget(given, recompiles):
         return given.failed(
@@ -61,6 +64,7 @@ def judge(given: Evidence) -> Verdict:
             f"{len(over)} of the same code during warm-up, {limits.recompiles_per_code} allowed",
             evidence=[*shortened(grouped(over)), *advice(over)],
             **figures,
+            places=_placed(over),
         )
     if verdict := given.did_not_run(NAME):
         return verdict
@@ -155,6 +159,10 @@ def _over_budget(given: Evidence, recompiles: list[FrameAttempt]) -> list[FrameA
         if len(group) > budget or fixed:
             over += group if len(group) > budget else fixed
     return over
+
+
+def _placed(frames: list[FrameAttempt]) -> list[dict[str, Any]]:
+    return placed((f.component, f.place, _generalised(f.guards[0]) if f.guards else f.outcome) for f in frames)
 
 
 def grouped(frames: list[FrameAttempt]) -> list[str]:

@@ -152,6 +152,12 @@ class Gate:
             problems=problems,
         )
 
+    def fail(self, why: str) -> None:
+        """Close the gate for something that went wrong after it was judged, e.g. a report that could not be written."""
+        if self.outcome is not None:
+            counts = self.outcome.sentence.partition(": ")[2]
+            self.outcome = Outcome(False, f"{FAILED}: {why}; {counts}", self.outcome.problems)
+
     def lines(self) -> list[tuple[str, bool]]:
         """The last lines of a run, and whether each is good news."""
         if self.outcome is None:

@@ -22,6 +22,9 @@ ROW_PROPERTY = "diffopt_row"
 RECORD_PROPERTY = "diffopt_record"
 """What a baseline keeps of a recipe, of the first check of a recipe in a process: ``{"file", "name", "key", "record"}``.
 That of the check ``baseline`` has the measured figures too."""
+RESIDENCY_PROPERTY = "diffopt_residency"
+"""Whose bytes were on the accelerator over time, where a report asks for it: kind (``observed``, ``forecast``) → a `Residency`
+as plain data."""
 
 Row = dict[str, Any]
 

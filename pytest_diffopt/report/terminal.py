@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pytest
 
 from pytest_diffopt.options import Settings
+from pytest_diffopt.report.figures import mebibytes, number, seconds
+from pytest_diffopt.report.gathering import carried_by
 from pytest_diffopt.report.rows import (
-    RECIPE_PROPERTY,
-    ROW_PROPERTY,
     VERDICT_PROPERTY,
     Row,
     merged,
-    row_of,
     verdict_text,
     worst,
 )
@@ -59,23 +57,14 @@ class RecipeReport:
 
     def add(self, report: pytest.TestReport) -> None:
         """Take what an item's report carries; reports of other tests carry nothing."""
-        carried: dict[str, Any] = dict(report.user_properties) if report.user_properties else {}
-        about = carried.get(RECIPE_PROPERTY)
-        # an item counts once: at its call, or where its setup did not let it get there
-        if about is None or not (report.when == "call" or (report.when == "setup" and not report.passed)):
+        carried = carried_by(report)
+        if carried is None:
             return
-        properties: list[tuple[str, Any]] = list(report.user_properties)
-        rows = [row for name, row in properties if name == ROW_PROPERTY]
-        rows = rows or [row_of(None, source=about["source"], recipe=about["recipe"])]
-        verdict = carried.get(VERDICT_PROPERTY)
-        status = verdict["status"] if verdict else report.outcome
-        if hasattr(report, "wasxfail"):
-            status = "known"
-        self.rows += [{**row, "statuses": {about["check"]: status}} for row in rows]
-        if status == "unverified":
-            self.unverified.append((about["recipe"], about["check"], verdict["sentence"] if verdict else ""))
-        if status == "skipped":
-            self.skipped.append((about["recipe"], about["check"]))
+        self.rows += carried.rows
+        if carried.status == "unverified":
+            self.unverified.append((carried.recipe, carried.check, carried.sentence))
+        if carried.status == "skipped":
+            self.skipped.append((carried.recipe, carried.check))
 
     def summary_lines(self) -> list[str]:
         """What was not verified, counted, and each with its sentence."""
@@ -101,35 +90,21 @@ def status_of(report: pytest.TestReport) -> tuple[str, str, tuple[str, Mapping[s
     return "unverified", "u", ("UNVERIFIED", {"yellow": True})
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
 def _latency(row: Row) -> str:
-    return f"{_seconds(row['cold_seconds'])} / {_seconds(row['warm_seconds'])}"
-
-
-def _mebibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.1f}"
+    return f"{seconds(row['cold_seconds'])} / {seconds(row['warm_seconds'])}"
 
 
 def _peaks(row: Row) -> str:
-    return f"{_mebibytes(row['load_peak_bytes'])} / {_mebibytes(row['peak_bytes'])}"
+    return f"{mebibytes(row['load_peak_bytes'])} / {mebibytes(row['peak_bytes'])}"
 
 
 def _transfers(row: Row) -> str:
-    return f"{_mebibytes(row['h2d_bytes'])} / {_mebibytes(row['d2h_bytes'])}"
+    return f"{mebibytes(row['h2d_bytes'])} / {mebibytes(row['d2h_bytes'])}"
 
 
 def _forecast(row: Row) -> str:
     size = row.get("forecast_bytes")
     return "-" if size is None else f"{size / 2**30:.2f} {row['forecast_model']}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 _COLORS = {"failed": "red", "unverified": "yellow", "skipped": "yellow", "known": "cyan", "passed": "green"}
@@ -139,10 +114,10 @@ _COLUMNS: tuple[_Column, ...] = (
     ("peak memory load / call (MiB)", _peaks),
     ("forecast (GiB)", _forecast),
     ("transfers in / out (MiB)", _transfers),
-    ("graphs", lambda row: _number(row["graphs"])),
-    ("breaks", lambda row: _number(row["breaks"])),
-    ("recompiles", lambda row: _number(row["recompiles"])),
-    ("required tolerance", lambda row: _number(row["required_tolerance"])),
+    ("graphs", lambda row: number(row["graphs"])),
+    ("breaks", lambda row: number(row["breaks"])),
+    ("recompiles", lambda row: number(row["recompiles"])),
+    ("required tolerance", lambda row: number(row["required_tolerance"])),
 )
 
 
