@@ -1,7 +1,8 @@
-"""GitHub's annotations: what failed and what was not verified, as workflow commands, on the lines of the user's own repository.
+"""GitHub's annotations: what failed or was not verified, as workflow commands, on lines of the user's own repository.
 
-A break or a recompile is told where it is, if that file is in the repository; one in an installed library is told on its recipe,
-with the place in the library. GitHub shows ten errors and ten warnings of a step: the worst come first, and the rest are counted.
+A break or a recompile is told where it is, if that file is in the repository; one in an installed library is told on its
+recipe, with the place in the library. GitHub shows ten errors and ten warnings of a step: the worst come first, and the
+rest are counted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PLACED = {"graph_breaks": "graph break", "recompiles": "recompile"}
 
 @dataclass(frozen=True)
 class Annotation:
-    """One annotation: ``level`` is ``error``, ``warning`` or ``notice``; without a file, and ``line`` None, it stands for the run."""
+    """One annotation: ``level`` is ``error``, ``warning`` or ``notice``; with no file, and ``line`` None, it is of the run."""
 
     level: str
     file: str
@@ -47,7 +48,7 @@ def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def annotations(run: Run, found: Callable[[str], str | None], shown: Callable[[str], str]) -> list[Annotation]:
+def annotations_of(run: Run, found: Callable[[str], str | None], shown: Callable[[str], str]) -> list[Annotation]:
     """What is to be annotated of a run, the worst first, at most ten of a level and one that counts the rest.
 
     Args:

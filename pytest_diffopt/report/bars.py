@@ -84,9 +84,10 @@ def bars_svg(
             if bar.recorded is not None:
                 label += f", recorded {shown(bar.recorded)}"
             said = f"{group.name}, {bar.name}: {label}"
+            width = max(room * bar.value / top, 1)
             lines += [
-                f'<g><title>{_escaped(said)}</title><rect class="bar {bar.kind}" x="{_LEFT}" y="{y:.1f}" '
-                f'width="{max(room * bar.value / top, 1):.1f}" height="{_BAR}" rx="2"/>'
+                f"<g><title>{_escaped(said)}</title>",
+                f'<rect class="bar {bar.kind}" x="{_LEFT}" y="{y:.1f}" width="{width:.1f}" height="{_BAR}" rx="2"/>',
             ]
             furthest = bar.value
             if bar.recorded is not None:
@@ -125,11 +126,11 @@ def parity_svg(title: str, parity: Sequence[ComponentParity]) -> str:
         y = _TOP + place * (_BAR + _BETWEEN)
         kind = "over" if one.excess > 1 else "within"
         label = f"{number(one.required)} of {number(one.allowed)} allowed"
+        width = max(x(one.required) - _LEFT, 1)
         lines += [
             _text(_LEFT - 12, y + _BAR - 3, _short(one.component), "name", "end", one.component),
             f"<g><title>{_escaped(f'{one.component}: {label}, floor {number(one.floor)}')}</title>",
-            f'<rect class="bar {kind}" x="{_LEFT}" y="{y}" width="{max(x(one.required) - _LEFT, 1):.1f}" '
-            f'height="{_BAR}" rx="2"/>',
+            f'<rect class="bar {kind}" x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2"/>',
             f'<line class="allowed" x1="{x(one.allowed):.1f}" x2="{x(one.allowed):.1f}" y1="{y - 4}" y2="{y + _BAR + 4}"/>',
             _text(WIDTH - _RIGHT + 8, y + _BAR - 3, label, "value"),
             "</g>",

@@ -132,7 +132,7 @@ class Gate:
         """Take what a test's report carries for the gate."""
         carried: dict[str, Any] = dict(report.user_properties) if report.user_properties else {}
         about = carried.get(RECIPE_PROPERTY)
-        if about is None:
+        if about is None or report.when == "teardown":  # no verdict comes with a teardown
             if report.failed:
                 self._others_failed.add(report.nodeid)
         elif about["check"] == NAME and report.when == "call" and RECORD_PROPERTY in carried:

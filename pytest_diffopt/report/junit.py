@@ -1,7 +1,7 @@
 """JUnit's XML with our figures as flat properties: in pytest's own ``--junitxml``, and in a file of ours.
 
-Ours is written with xml.etree: the format is five elements deep, pytest writes its own in the same way, and no library for it is
-needed to install the plugin.
+Ours is written with xml.etree: the format is five elements deep, pytest writes its own in the same way, and no library for
+it is needed to install the plugin.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from pytest_diffopt.report.rows import verdict_text
 
 if TYPE_CHECKING:
     from pytest_diffopt.baseline.key import Key
-    from pytest_diffopt.report.run import CodePlace, Comparison, RecipeRun, Run, VerdictRecord
+    from pytest_diffopt.report.run import CodePlace, Comparison, RecipeRun, Run, Status, VerdictRecord
 
 _MARKS = {"failed": "✗", "unverified": "?", "skipped": "–", "known": "≈", "passed": "✓"}
-_ORDER = ("failed", "unverified", "skipped", "known", "passed")
+_ORDER: tuple[Status, ...] = ("failed", "unverified", "skipped", "known", "passed")
 _TITLES = {
     "load_peak_bytes": "peak of loading",
     "peak_bytes": "peak of a call",
@@ -73,8 +73,9 @@ _STYLE = """
 .diffopt .inside { padding: 4px 16px 16px; }
 .diffopt ul.verdicts { list-style: none; margin: 10px 0; padding: 0; }
 .diffopt ul.verdicts > li { margin: 8px 0; overflow-wrap: anywhere; }
-.diffopt pre { margin: 6px 0 0; padding: 10px 12px; background: var(--card); color: var(--text); border-radius: 6px; overflow-x: auto;
-  font: 13px/1.45 ui-monospace, 'Cascadia Mono', 'DejaVu Sans Mono', monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.diffopt pre { margin: 6px 0 0; padding: 10px 12px; background: var(--card); color: var(--text); border-radius: 6px;
+  overflow-x: auto; font: 13px/1.45 ui-monospace, 'Cascadia Mono', 'DejaVu Sans Mono', monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 .diffopt code { font: 13px ui-monospace, 'Cascadia Mono', 'DejaVu Sans Mono', monospace; overflow-wrap: anywhere; }
 .diffopt svg { display: block; width: 100%; height: auto; max-width: 960px; }
 .diffopt svg.bars text { font: 12px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: var(--text); }

@@ -1,4 +1,4 @@
-"""``--diffopt-report``: what a run carries is gathered, made one model at its end, and written in each form that was asked for."""
+"""``--diffopt-report``: what a run carries is gathered, made one model at its end, and written as was asked for."""
 
 from __future__ import annotations
 
@@ -176,8 +176,11 @@ class Reports:
             self.items.append(carried)
             self._pending[report.nodeid] = carried
         if report.when == "teardown" and (carried := self._pending.pop(report.nodeid, None)) is not None:
-            if getattr(self._config.option, "xmlpath", None):
-                report.user_properties = flattened(report.user_properties, carried)
+            self._flatten(report, carried)
+
+    def _flatten(self, report: pytest.TestReport, carried: Carried) -> None:
+        if getattr(self._config.option, "xmlpath", None):
+            report.user_properties = flattened(report.user_properties, carried)
 
     def run(self) -> Run:
         """The model of the run, as far as it has come."""
@@ -220,14 +223,14 @@ class Reports:
 
     def workflow_commands(self) -> list[str]:
         """GitHub's annotations of the run, a workflow command each."""
-        from pytest_diffopt.report.annotations import Repository, annotations
+        from pytest_diffopt.report.annotations import Repository, annotations_of
 
         root = self._config.rootpath
         top = Path(os.environ.get("GITHUB_WORKSPACE") or root)
         inside = root.resolve().is_relative_to(top.resolve())
         paths = tuple(Path(entry) for entry in sys.path if entry)
         repository = Repository(root, top if inside else root, paths)
-        return [one.command for one in annotations(self.run(), repository.found, repository.shown)]
+        return [one.command for one in annotations_of(self.run(), repository.found, repository.shown)]
 
 
 def _writer(suffix: str) -> Callable[[Run], str]:

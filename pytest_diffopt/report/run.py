@@ -366,7 +366,11 @@ def _places(verdicts: Sequence[VerdictRecord], record: Mapping[str, Any]) -> tup
         for place in verdict.figures.get("places", ())
     ]
     told = {(place.kind, place.component, place.file, place.function) for place in found}
-    for kind, name in (("graph break", "breaks"), ("recompile", "recompiles")):
+    kinds: tuple[tuple[Literal["graph break", "recompile"], str], ...] = (
+        ("graph break", "breaks"),
+        ("recompile", "recompiles"),
+    )
+    for kind, name in kinds:
         for one in record.get(name, ()):
             if (kind, one["component"], one["file"], one["function"]) not in told:
                 found.append(
