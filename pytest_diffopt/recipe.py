@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast")
+_ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "requires")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -635,6 +635,28 @@ def _known_faults(value: object) -> FrozenDict:
     return given
 
 
+def _requirements(value: object) -> tuple[str, ...]:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        raise refused(value, _REQUIREMENTS)
+    mistakes = []
+    for index, text in enumerate(given):
+        try:
+            requirement = Requirement(text) if isinstance(text, str) else None
+        except InvalidRequirement:
+            requirement = None
+        if requirement is None or requirement.url:
+            mistakes.append(Mistake((index,), shown(text), _REQUIREMENTS))
+    if mistakes:
+        raise Mistakes(mistakes)
+    return tuple(given)
+
+
+_REQUIREMENTS = "a package and its versions, 'torchao>=0.18', or a list of them"
+
+
 def _order(value: object) -> tuple[str, ...]:
     parts = tuple(value) if isinstance(value, list | tuple) else ()
     if sorted(map(str, parts)) != sorted(ORDER):
@@ -698,6 +720,8 @@ class Recipe(Part):
         attention: the backend of diffusers' attention dispatcher, ``"_native_efficient"``: a table by component, or one
             name for every component that can be told. None leaves it as it is.
         caching: one, a list, or none. Approximate on purpose: a reference keeps it, and the attention backend too.
+        requires: packages and their versions, as pip writes them, ``"torchao>=0.18"``: one, a list, or none. Where one is
+            not installed, a test item is skipped with that reason, and nothing else that its libraries lack is a mistake.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -731,6 +755,7 @@ class Recipe(Part):
         one_or_many("a table, or a list of tables", (Caching, Mapping)),
         BeforeValidator(_none_as_empty),
     ] = ()
+    requires: Annotated[tuple[str, ...], PlainValidator(_requirements)] = ()
 
     if TYPE_CHECKING:
 
@@ -752,6 +777,7 @@ class Recipe(Part):
             vae_slicing: bool = False,
             attention: str | Mapping[str, str] | None = None,
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
+            requires: Strings = (),
         ) -> None: ...
 
     @field_validator("quantization")
@@ -822,8 +848,8 @@ class Recipe(Part):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults and
-        the forecast.
+        """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults, the
+        forecast and what is required.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.

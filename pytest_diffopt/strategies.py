@@ -290,6 +290,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 | st.sampled_from(ATTENTION_BACKENDS)
                 | st.dictionaries(st.sampled_from(_COMPONENTS), st.sampled_from(ATTENTION_BACKENDS), min_size=1),
                 "caching": st.lists(cachings(), max_size=2, unique_by=lambda made: made.component),
+                "requires": st.lists(st.sampled_from(["torchao", "gguf>=0.10", "diffusers>=0.41,<1"]), max_size=2),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -13,6 +13,7 @@ from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
+from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
@@ -86,6 +87,8 @@ class CheckItem(pytest.Item):
         )
 
     def runtest(self) -> None:
+        if why := missing(self.recipe.requires):
+            skip(self, why)
         verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
         verdict = against_known_faults(self.recipe, verdict, observation)
@@ -176,6 +179,8 @@ def read_recipes(path: Path, node: _Node) -> dict[str, Recipe]:
             continue
         recipes[name] = recipe if changed is None else changed
         hub = node.config.stash[SETTINGS].hub
+        if missing(recipes[name].requires):  # it is skipped, with that reason
+            continue
         problems += problems_with_installation(recipes[name], prefix=f"recipe.{name}", allow_hub=hub)
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
