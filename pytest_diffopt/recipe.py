@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive", "isolate")
+ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive", "isolate", "requires")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -636,6 +636,28 @@ def _known_faults(value: object) -> FrozenDict:
     return given
 
 
+def _requirements(value: object) -> tuple[str, ...]:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        raise refused(value, _REQUIREMENTS)
+    mistakes = []
+    for index, text in enumerate(given):
+        try:
+            requirement = Requirement(text) if isinstance(text, str) else None
+        except InvalidRequirement:
+            requirement = None
+        if requirement is None or requirement.url:
+            mistakes.append(Mistake((index,), shown(text), _REQUIREMENTS))
+    if mistakes:
+        raise Mistakes(mistakes)
+    return tuple(given)
+
+
+_REQUIREMENTS = "a package and its versions, 'torchao>=0.18', or a list of them"
+
+
 def _order(value: object) -> tuple[str, ...]:
     parts = tuple(value) if isinstance(value, list | tuple) else ()
     if sorted(map(str, parts)) != sorted(ORDER):
@@ -702,6 +724,8 @@ class Recipe(Part):
         exclusive: no other worker of the host uses the accelerator while the recipe or a reference of it runs.
         isolate: where a check fails, find the smallest subset of the recipe's parts that still fails, which takes runs.
             True of the combinations of a matrix, unless it says otherwise.
+        requires: packages and their versions, as pip writes them, ``"torchao>=0.18"``: one, a list, or none. Where one is
+            not installed, a test item is skipped with that reason, and nothing else that its libraries lack is a mistake.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -737,6 +761,7 @@ class Recipe(Part):
     ] = ()
     exclusive: Bool = False
     isolate: Bool = False
+    requires: Annotated[tuple[str, ...], PlainValidator(_requirements)] = ()
 
     if TYPE_CHECKING:
 
@@ -760,6 +785,7 @@ class Recipe(Part):
             caching: Caching | Mapping[str, Any] | Sequence[Caching | Mapping[str, Any]] | None = (),
             exclusive: bool = False,
             isolate: bool = False,
+            requires: Strings = (),
         ) -> None: ...
 
     @field_validator("quantization")
@@ -831,7 +857,7 @@ class Recipe(Part):
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256, in hex, of everything that changes what is observed: not the name, the contract, the known faults,
-        the forecast, ``isolate``, and whether it has the accelerator alone.
+        the forecast, ``isolate``, what is required, and whether it has the accelerator alone.
 
         The same in every process for what TOML can hold and for importable functions; closures, lambdas and other
         objects count by identity.

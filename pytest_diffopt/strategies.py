@@ -292,6 +292,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
                 "caching": st.lists(cachings(), max_size=2, unique_by=lambda made: made.component),
                 "exclusive": st.booleans(),
                 "isolate": st.booleans(),
+                "requires": st.lists(st.sampled_from(["torchao", "gguf>=0.10", "diffusers>=0.41,<1"]), max_size=2),
             },
         )
         .map(_without_fullgraph_under_hooks)

@@ -12,6 +12,7 @@ import pytest
 from pytest_diffopt.collection.forecast_limits import NO_RECIPE, forecast_within
 from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip, unverified
+from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.report.html import attach_pictures
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, source_of
 
@@ -106,6 +107,9 @@ def set_up(item: pytest.Item) -> None:
         pytest.fail(
             f"{item.nodeid}: recipes: the test takes neither fixture, 'recipe' nor 'observation'", pytrace=False
         )
+    recipe: Any = getattr(getattr(item, "callspec", None), "params", {}).get("recipe")
+    if hasattr(recipe, "content_hash") and (lacking := missing(recipe.requires)):
+        skip(item, lacking)
     if (gpu := closest(item, RequiresGpu)) is not None:
         try:
             # a simulated device takes half a minute to build: not only to say that it is no GPU

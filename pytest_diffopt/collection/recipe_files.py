@@ -16,6 +16,7 @@ from pytest_diffopt.collection.known_faults import against_known_faults, known_f
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.collection.workers import take_share
+from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.combinations import note_left_out
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
@@ -99,6 +100,8 @@ class CheckItem(pytest.Item):
         )
 
     def runtest(self) -> None:
+        if why := missing(self.recipe.requires):
+            skip(self, why)
         verdict, observation, forecast = self._judge()
         reason = known_fault(self.recipe, verdict, observation)
         unexpected = verdict.status == "failed" and not reason
@@ -238,6 +241,8 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
                 problems.append(Problem(f"recipe.{recipe.name}", what, allowed))
                 continue
             found[recipe.name] = Written(recipe if changed is None else changed, table)
+            if missing(found[recipe.name].recipe.requires):  # it is skipped, with that reason
+                continue
             if changed is not None or not combined:  # a combination was looked at
                 problems += problems_with_installation(
                     found[recipe.name].recipe, prefix=f"recipe.{recipe.name}", allow_hub=hub
@@ -252,6 +257,8 @@ def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix
     from pytest_diffopt.installation import problems_with_installation
 
     def refuse(recipe: Recipe) -> list[Problem]:
+        if missing(recipe.requires):  # it is skipped, with that reason
+            return []
         found = problems_with_installation(_located(recipe, folder), prefix="recipe", allow_hub=allow_hub)
         return [Problem(one.path.removeprefix("recipe."), one.found, one.allowed) for one in found]
 

@@ -180,7 +180,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires"
         ),
     ]
 
@@ -196,11 +196,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijklmnopqrs") == [
+    assert mistakes(Recipe, *"abcdefghijklmnopqrst") == [
         (
-            "Recipe: found 19 positional arguments; it takes 18: "
+            "Recipe: found 20 positional arguments; it takes 19: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]
@@ -549,6 +549,21 @@ _CHANGES: dict[str, Any] = {
     "attention": {"transformer": "_native_math"},
     "caching": Caching("transformer", "first_block_cache"),
 }
+
+
+@pytest.mark.parametrize("wrong", [3, ["torchao", 3], "torchao >> 1", "", "torchao @ https://a.b/c.whl"])
+def test_what_pip_would_not_take_for_a_requirement_is_refused(wrong: Any) -> None:
+    (mistake,) = mistakes(Recipe, "r", "tiny-flux", requires=wrong)
+    assert mistake.startswith("requires")
+    assert mistake.endswith("; a package and its versions, 'torchao>=0.18', or a list of them")
+
+
+def test_what_is_required_changes_nothing_of_what_is_observed() -> None:
+    requiring = full().replace(requires=["torchao>=0.18", "gguf"])
+    assert requiring.requires == ("torchao>=0.18", "gguf")
+    assert requiring.content_hash == full().content_hash
+    assert requiring.without("compilation").requires == requiring.requires
+    assert Recipe("r", "tiny-flux", requires="gguf").requires == ("gguf",)
 
 
 def test_equal_recipes_have_one_content_hash() -> None:
