@@ -54,7 +54,8 @@ def outcome_of(
         strict: whether what was not judged fails the gate. left_out: checks that were not run, as the user asked.
         problems: with the baselines.
     """
-    failing = {"failed": statuses["failed"], "other tests failed": others_failed}
+    other = "other test failed" if others_failed == 1 else "other tests failed"
+    failing = {"failed": statuses["failed"], other: others_failed}
     if strict:
         failing |= {name: statuses[name] for name in ("unverified", "skipped")} | {"left out": left_out}
     told = [f"{count} {name}" for name, count in failing.items() if count]
