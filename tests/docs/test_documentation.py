@@ -13,7 +13,7 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from pytest_diffopt.recipe_loading import loads_recipes
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = ("tox -qqm recipes", "tox -qqm tests")
 
 
