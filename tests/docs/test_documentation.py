@@ -103,3 +103,21 @@ def test_every_option_marker_and_check_is_documented() -> None:
         assert f"`--diffopt-{option.name.replace('_', '-')}`" in plugin
     for check in CHECKS:
         assert f"| `{check}` |" in readme
+
+
+def test_every_check_has_a_page_and_every_sentence_on_it_is_one_of_the_checks() -> None:
+    from pytest_diffopt.checks.session import CHECKS
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "checks").glob("*.md")}
+    assert set(pages) == {*CHECKS, "baseline"}
+    for check in CHECKS:
+        source = (ROOT / "pytest_diffopt" / "checks" / f"{check}.py").read_text(encoding="utf-8")
+        source = re.sub(r'"\s*\n\s*f?"', "", source)  # pieces of one text
+        source = re.sub(r"\{[^{}]*\}", "…", re.sub(r"\{[^{}]*\}", "…", source))
+        table = pages[check].split("| the sentence | what to do |")[1].split("\n\n")[0]
+        sentences = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+        assert sentences
+        missing = [
+            piece for text in sentences for piece in text.split("…") if piece.strip() and piece.strip() not in source
+        ]
+        assert missing == [], f"{check}: {missing}"
