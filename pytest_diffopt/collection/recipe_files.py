@@ -19,6 +19,7 @@ from pytest_diffopt.collection.workers import take_share
 from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
 from pytest_diffopt.report.combinations import note_left_out
+from pytest_diffopt.report.gathering import REPORTED
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
 from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, row_of
 
@@ -141,11 +142,17 @@ class CheckItem(pytest.Item):
         with self.config.stash[PROGRESS].running():
             return session_of(self.config).isolated(self.recipe, verdict)
 
+    def _is_first(self) -> bool:
+        """Whether no check of the recipe has handed a record on in this process; that of `baseline` has one of its own."""
+        told = self.config.stash.setdefault(_TOLD, set())
+        if self.name == baselines.NAME or self._source in told:
+            return False
+        told.add(self._source)
+        return True
+
     def _write_down(self, verdict: Verdict, observation: Observation | None, forecast: Forecast | None) -> None:
         self.user_properties.append((VERDICT_PROPERTY, verdict.to_dict()))
-        told = self.config.stash.setdefault(_TOLD, set())
-        if observation is not None and self.name != baselines.NAME and self._source not in told:
-            told.add(self._source)
+        if self.config.stash[REPORTED] and observation is not None and self._is_first():
             record = baselines.plain_record_of(self.config, self.recipe, self.path, observation)
             self.user_properties.append((RECORD_PROPERTY, record))
         row = row_of(observation, [verdict], source=self._source, forecast=forecast)

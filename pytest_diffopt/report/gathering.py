@@ -18,6 +18,9 @@ from pytest_diffopt.report.rows import (
     row_of,
 )
 
+REPORTED = pytest.StashKey[bool]()
+"""Whether anything is written of this run that needs the records of recipes."""
+
 
 @dataclass(frozen=True)
 class Carried:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.collection.session import SETTINGS
-from pytest_diffopt.report.gathering import Carried, carried_by
+from pytest_diffopt.report.gathering import REPORTED, Carried, carried_by
 from pytest_diffopt.report.html import EMBEDDED, PICTURED
 from pytest_diffopt.report.junit import flattened
 from pytest_diffopt.whole_files import why_not_writable, write_whole
@@ -54,9 +54,11 @@ def configure(config: pytest.Config, gate: Gate | None) -> None:
     """
     told = getattr(config, "workerinput", {}).get(_WORKER_INPUT, {})
     config.stash[PICTURED], config.stash[EMBEDDED] = bool(told.get("pictured")), bool(told.get("embedded"))
+    config.stash[REPORTED] = bool(told.get("reported"))
     if hasattr(config, "workerinput"):
         return
     found = targets(config)
+    config.stash[REPORTED] = bool(found) or _on_github()
     config.stash[PICTURED] = any(one.suffix in (".json", ".html") for one in found)
     for place, one in enumerate(found):
         if one.suffix == ".html" and _takes_html(config, one.path):
@@ -68,7 +70,11 @@ def configure(config: pytest.Config, gate: Gate | None) -> None:
 
 def hand_to_worker(config: pytest.Config, node: Any) -> None:
     """Tell a worker of pytest-xdist what a report will need of it; the report itself is none of its business."""
-    node.workerinput[_WORKER_INPUT] = {"pictured": config.stash[PICTURED], "embedded": config.stash[EMBEDDED]}
+    node.workerinput[_WORKER_INPUT] = {
+        "pictured": config.stash[PICTURED],
+        "embedded": config.stash[EMBEDDED],
+        "reported": config.stash[REPORTED],
+    }
 
 
 def targets(config: pytest.Config) -> list[Target]:
@@ -163,7 +169,7 @@ class Reports:
             terminalreporter.write_line(f"diffopt: report written: {path}")
         for problem in self.problems:
             terminalreporter.write_line(problem, red=True, bold=True)
-        if os.environ.get("GITHUB_ACTIONS") == "true" and self.items:
+        if _on_github() and self.items:
             terminalreporter.ensure_newline()
             for command in self.workflow_commands():
                 terminalreporter.write_line(command)
@@ -231,6 +237,10 @@ class Reports:
         paths = tuple(Path(entry) for entry in sys.path if entry)
         repository = Repository(root, top if inside else root, paths)
         return [one.command for one in annotations_of(self.run(), repository.found, repository.shown)]
+
+
+def _on_github() -> bool:
+    return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def _writer(suffix: str) -> Callable[[Run], str]:
