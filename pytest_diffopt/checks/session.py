@@ -76,6 +76,7 @@ class Session:
         allow_hub: let hub ids that resolve to nothing local go to the hub.
         compile_backend: used instead of the backends that the recipes name.
         progress: called with a few words whenever a frame begins to compile, and as a forecast goes on.
+        timed_calls: further calls of each recipe that are made for their time alone.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class Session:
         allow_hub: bool = False,
         compile_backend: str | None = None,
         progress: Callable[[str], None] | None = None,
+        timed_calls: int = 0,
     ) -> None:
         self._accelerator = accelerator
         self._allow_hub = allow_hub
         self._compile_backend = compile_backend
         self._progress = progress
+        self._timed_calls = timed_calls
         self._observations: dict[tuple[str, bool], Observation] = {}
         self._forecasts: dict[tuple[str, str], tuple[str, Forecast | DiffoptError]] = {}
 
@@ -120,6 +123,7 @@ class Session:
                     compile_backend=self._compile_backend,
                     progress=self._progress,
                     force_eager=force_eager,
+                    timed_calls=self._timed_calls,
                 )
             self._observations[key] = found
         if found.name != recipe.name:  # another recipe of the same content ran first

@@ -13,6 +13,7 @@ from pytest_diffopt.collection.session import SETTINGS, session_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.baseline.judging import Baselines
+    from pytest_diffopt.checks.session import Session
     from pytest_diffopt.checks.verdict import Verdict
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.recipe import Recipe
@@ -114,6 +115,7 @@ def judged(
         DiffoptError: the recipe could not be observed.
     """
     from pytest_diffopt.baseline.key import key_of
+    from pytest_diffopt.baseline.latency import latency_of
     from pytest_diffopt.baseline.record import record_of
     from pytest_diffopt.baseline.store import plain_record
 
@@ -124,6 +126,7 @@ def judged(
     required, floor = parity.get("required"), 0.0
     if required is not None:
         floor = float(f"{parity['allowed'] / parity['multiple']:.3g}")
+    latency = latency_of(observation, reference) if (reference := _eager(session, recipe)) is not None else None
     source = source_name(path, config)
     present = config.stash[SOURCES].get(source, [])
 
@@ -134,6 +137,7 @@ def judged(
             required_tolerance=required,
             tolerance_floor=floor,
             load_peaks=load_peaks,
+            latency=latency,
         )
         return baselines.judge(source, recipe.name, key, record, present, node_id), plain_record(key, record)
 
@@ -144,3 +148,10 @@ def judged(
     if any(one["what"] == "peak of loading" for one in verdict.figures["differences"]) and not baselines.update:
         verdict, record = of(session.load_peaks(recipe, _LOADS))  # one load alone is no measurement
     return verdict, observation, {"file": source, "name": recipe.name, **record}
+
+
+def _eager(session: Session, recipe: Recipe) -> Observation | None:
+    """The eager reference of a compiled recipe on a real accelerator; None where latency is not judged."""
+    if not recipe.compilation or not session.accelerator.is_real:
+        return None
+    return session.evidence(recipe).reference

@@ -62,11 +62,17 @@ def session_of(config: pytest.Config) -> Session:
 
         registry_of(config)  # recipes may name what conftest files register
         settings = config.stash[SETTINGS]
+        accelerator, timed_calls = accelerator_of(config), 0
+        if (
+            settings.baseline and accelerator.is_real
+        ):  # latency is held against a baseline, and a simulated one has none
+            from pytest_diffopt.baseline.latency import TIMED_CALLS as timed_calls
         config.stash[SESSION] = Session(
-            accelerator_of(config),
+            accelerator,
             allow_hub=settings.hub,
             compile_backend=settings.compile_backend,
             progress=config.stash[PROGRESS].say,
+            timed_calls=timed_calls,
         )
     return config.stash[SESSION]
 

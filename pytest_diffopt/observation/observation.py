@@ -502,6 +502,8 @@ class Observation:
         attention_uses, cache_uses: where the recipe sets these, and in an eager run alone.
         attention_after: component → the backend that its processors would use after the calls, or several; only of
             components whose processors can be told.
+        timed_seconds: of further calls, with the inputs of the last own one, in which nothing else was written down; where
+            they were asked for.
         failure: what ended the run, or None.
     """
 
@@ -528,6 +530,7 @@ class Observation:
     attention_after: dict[str, str] = field(default_factory=dict)
     cache_uses: tuple[CacheUse, ...] = ()
     caches: tuple[CacheState, ...] = ()
+    timed_seconds: tuple[float, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

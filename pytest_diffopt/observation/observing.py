@@ -85,6 +85,7 @@ def observe(
     allow_hub: bool = False,
     compile_backend: str | None = None,
     progress: Callable[[str], None] | None = None,
+    timed_calls: int = 0,
 ) -> Observation:
     """Run a recipe once and write everything down.
 
@@ -99,6 +100,7 @@ def observe(
         allow_hub: let hub ids that resolve to nothing local go to the hub.
         compile_backend: used instead of the backends that the recipe names.
         progress: called with a few words whenever a frame begins to compile.
+        timed_calls: further calls that are made for their time alone.
     """
     from pytest_diffopt.recipe import Recipe
 
@@ -111,6 +113,7 @@ def observe(
         import_libraries(recipe)
     run = Run(recipe, accelerator, allow_hub, compile_backend, progress)
     run.force_eager = force_eager
+    run.timed_calls = timed_calls
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
     if not accelerator.is_host:
@@ -188,6 +191,8 @@ class Run:
         self.allow_hub = allow_hub
         self.backend = backend
         self.force_eager = False
+        self.timed_calls = 0
+        self.timed_seconds: list[float] = []
         self.random_after: dict[str, Any] = {}
         self.watch = CompileWatch()
         self.watch.on_compile = progress
@@ -262,6 +267,11 @@ class Run:
             except Exception as error:  # the recipe's own calls are made: inputs of ours may not suit a model
                 self.notes.append(f"no sensitivity run: {type(error).__name__}: {error}")
         self.after_calls(prepared)
+        try:
+            self._time_calls(prepared)
+        except Exception as error:  # the recipe's own calls are made: these are ours
+            self.notes.append(f"the timed calls ended with {type(error).__name__}: {error}")
+            self.timed_seconds.clear()
         for name in state.random_changed(random_before, self.random_after):
             self.state_changes.append(StateChange(name, "its state", "another state", "the calls"))
 
@@ -296,6 +306,17 @@ class Run:
             self.notes.append(f"the last call could not be repeated: {type(error).__name__}: {error}")
         self._compare_layers(prepared)
         self._describe_denoisers_after(prepared, self.hooks_of_caches)
+
+    def _time_calls(self, prepared: Prepared) -> None:
+        with self._stance():
+            for _ in range(self.timed_calls):
+                arguments = prepared.arguments(self.recipe.call.count - 1)
+                self.accelerator.synchronize()
+                started = time.perf_counter()
+                result = prepared.run(arguments)
+                self.accelerator.synchronize()
+                self.timed_seconds.append(time.perf_counter() - started)
+                del result, arguments
 
     def _stance(self) -> contextlib.AbstractContextManager[Any]:
         import torch
@@ -623,6 +644,7 @@ class Run:
             attention_after=self.attention_after,
             cache_uses=self.caching.record(),
             caches=tuple(self.caches),
+            timed_seconds=tuple(self.timed_seconds),
         )
 
 

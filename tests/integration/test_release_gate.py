@@ -282,3 +282,20 @@ def test_two_runs_that_record_at_once_lose_nothing(
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
     entries = json.loads((pytester.path / "base/r/compiled.json").read_text(encoding="utf-8"))["entries"]
     assert sorted(entry["key"]["compile_backend"] for entry in entries) == sorted(backends)
+
+
+def test_latency_is_recorded_of_what_is_taken_for_a_real_device_and_of_no_simulated_one(
+    gate: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    pytester.makeconftest(
+        "from pytest_diffopt.accelerators import Accelerator\nAccelerator.is_real = property(lambda self: True)\n"
+    )
+    assert gate(UPDATE, "-k", "compiled").ret == 0
+    path = pytester.path / "base/r/compiled.json"
+    latency = json.loads(path.read_text(encoding="utf-8"))["entries"][0]["record"]["latency"]
+    assert latency["cold"]["value"] > 1
+    assert latency["steady"]["low"] <= latency["steady"]["value"] <= latency["steady"]["high"]
+    (pytester.path / "conftest.py").unlink()
+    path.unlink()
+    assert gate(UPDATE, "-k", "compiled").ret == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["entries"][0]["record"]["latency"] is None

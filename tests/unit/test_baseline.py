@@ -14,6 +14,7 @@ import pytest
 from pytest_diffopt.baseline.comparison import differences
 from pytest_diffopt.baseline.judging import Baselines
 from pytest_diffopt.baseline.key import Key, key_of, nearest
+from pytest_diffopt.baseline.latency import latency_of, steady_ratio
 from pytest_diffopt.baseline.record import (
     Break,
     Engaged,
@@ -32,6 +33,7 @@ from pytest_diffopt.observation.observation import (
     CallMemory,
     CallRecord,
     CompileRecord,
+    Failure,
     FrameAttempt,
     GraphBreak,
     Layer,
@@ -535,3 +537,37 @@ def test_baselines_cross_processes_as_plain_data(tmp_path: Path) -> None:
     stored(tmp_path, (KEY, RECORD))
     baselines = Baselines("base", read_all(tmp_path))
     assert Baselines.from_plain(json.loads(json.dumps(baselines.to_plain()))) == baselines
+
+
+# latency
+
+
+def timed(seconds: tuple[float, ...], calls: tuple[float, ...]) -> Observation:
+    return observation(
+        timed_seconds=seconds, calls=tuple(CallRecord(place, "call", one) for place, one in enumerate(calls))
+    )
+
+
+def test_latency_is_a_ratio_to_eager_with_an_interval_that_holds_it() -> None:
+    own = timed((0.5, 0.52, 0.48, 0.5, 0.51, 0.49, 0.5), (10.0, 0.6, 0.5))
+    eager = timed((1.0, 1.02, 0.98, 1.0, 1.01, 0.99, 1.0), (2.0, 1.2, 1.0))
+    found = latency_of(own, eager)
+    assert found is not None
+    assert found.steady is not None
+    assert (found.steady.value, found.steady.low < 0.5 < found.steady.high) == (0.5, True)
+    assert found.steady.high - found.steady.low < 0.05
+    assert (found.cold, found.warm) == (Ratio(5.0, 3.333, 7.5), Ratio(0.5, 0.3333, 0.75))
+    assert latency_of(own, eager) == found  # the same times, the same interval
+
+
+def test_noisier_times_have_a_wider_interval() -> None:
+    quiet = steady_ratio((1.0, 1.01, 0.99, 1.0, 1.0), (1.0, 1.01, 0.99, 1.0, 1.0))
+    noisy = steady_ratio((1.0, 2.0, 0.5, 1.5, 0.7), (1.0, 2.0, 0.5, 1.5, 0.7))
+    assert noisy.high - noisy.low > 5 * (quiet.high - quiet.low)
+
+
+def test_what_was_not_timed_or_did_not_run_has_no_latency() -> None:
+    own = timed((0.5,), (1.0, 1.0))
+    assert latency_of(timed((), (1.0, 1.0)), own) is None
+    assert latency_of(own, timed((), (1.0, 1.0))) is None
+    assert latency_of(replace(own, failure=Failure("call 0", "RuntimeError", "it broke")), own) is None
