@@ -121,3 +121,78 @@ def test_every_check_has_a_page_and_every_sentence_on_it_is_one_of_the_checks() 
             piece for text in sentences for piece in text.split("…") if piece.strip() and piece.strip() not in source
         ]
         assert missing == [], f"{check}: {missing}"
+
+
+KINDS = {"python", "toml", "sh", "bash", "ini", "yaml", "text", "md", "py", ""}
+"""``text`` and no language are output; ``py`` and ``md`` are parts of something that is not here, which are parsed alone."""
+
+
+def fences() -> list[tuple[str, str]]:
+    """("page", language) of every fence."""
+    found = []
+    for page in PAGES:
+        opened = False
+        for mark in re.findall(r"^ *```(\w*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            opened = not opened
+            found += [(page.name, mark)] if opened else []
+    return found
+
+
+def test_every_block_is_of_a_kind_that_is_run_or_is_output() -> None:
+    assert {kind for _, kind in fences()} <= KINDS
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("py"), ids=lambda value: value if ":" in value[:40] else "")
+def test_python_that_cannot_run_here_is_python(where: str, text: str) -> None:
+    compile(text, where, "exec", flags=0x2000)  # PyCF_ALLOW_TOP_LEVEL_AWAIT: parts of notebooks
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("yaml"), ids=lambda value: value if ":" in value[:40] else "")
+def test_steps_of_workflows_are_sound(where: str, text: str) -> None:
+    import yaml
+
+    steps = yaml.safe_load(text)
+    assert all(("run" in step) != ("uses" in step) for step in steps), where
+
+
+MODELS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x).relu()
+
+def inputs(call):
+    return {"x": torch.ones(2, 64) * (call + 1)}
+"""
+
+
+def test_the_commands_of_the_guides_run_in_the_order_in_which_they_are_read(
+    run_pytest: object, pytester: pytest.Pytester
+) -> None:
+    """On a small recipe of one's own in the place of the guide's. The pages' ini block is the configuration."""
+    ((_, ini),) = blocks("ini")
+    pytester.makeini(f"{ini}pythonpath = .")
+    pytester.makepyfile(models=MODELS)
+    pytester.makefile(
+        ".recipes.toml",
+        flux='[recipe.net]\npipeline = "models:Net"\ncompilation = { component = "model", backend = "eager" }\n'
+        'call = { inputs = "models:inputs" }\n',
+    )
+    pages = ("docs/first-recipe.md", "docs/gate.md", "docs/reports.md")
+    lines = [
+        line for page in pages for where, text in blocks("sh") if where.startswith(page) for line in text.splitlines()
+    ]
+    commands = [line.partition("pytest ")[2] for line in lines if line.startswith((".venv/bin/pytest ", "pytest "))]
+    assert len(commands) == 5
+    recording = [command for command in commands if "--diffopt-update-baseline" in command]
+    for command in [*recording[:1], *commands]:  # the folder of the ini file must be there
+        result = run_pytest("-p", "no:cacheprovider", *command.split())  # type: ignore[operator]
+        assert result.ret == 0, f"{command}\n{result.stdout.str()}"
+    for written in ("report.json", "report.md", "report.html", "report.xml", "baselines/flux/net.json"):
+        assert (pytester.path / written).is_file()
