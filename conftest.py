@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,18 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent / ".p
 os.environ.setdefault("DIFFOPT_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "replicas"))
 
 RunPytest = Callable[..., pytest.RunResult]
+
+# By these pytest and the plugin write more for a CI's log and page: whole messages in the summary, annotations.
+_OF_A_CI = ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_within_write_as_at_a_desk() -> Iterator[None]:
+    """What the runs that tests start print does not depend on where the tests run; a test may set these itself."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in _OF_A_CI:
+            monkeypatch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
