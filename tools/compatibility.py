@@ -57,8 +57,8 @@ class Row:
 ROWS = (
     Row(),
     Row({"torch": "2.14.1"}),
-    Row({"diffusers": "0.41.0"}),
-    Row({"diffusers": "0.40.0"}),
+    Row({"diffusers": "0.41.0"}, HUB_OF_ITS_OWN),
+    Row({"diffusers": "0.40.0"}, HUB_OF_ITS_OWN),
     Row({"diffusers": "0.37.0"}, HUB_OF_ITS_OWN),
     Row({"transformers": "5.12.1"}, HUB_OF_ITS_OWN),
     Row({"transformers": "5.0.0"}, HUB_OF_ITS_OWN),
@@ -113,8 +113,8 @@ def run_row(row: Row, wheel: Path, folder: Path, select: str, *, keep: bool) -> 
             f"{extras} @ {wheel.as_uri()}")  # fmt: skip
         pip(python, "install", "-q", "--force-reinstall", "--no-deps", str(wheel))  # the same version, built anew
     except subprocess.CalledProcessError as error:
-        said = [line for line in (error.stderr or "").splitlines() if line.strip() and "WARNING" not in line]
-        return entry_of(row, {}, select, {"exit_status": None, "checks": []}, problem=said[-1] if said else str(error))
+        said = [line for line in (error.stderr or "").splitlines() if line.startswith("ERROR")]  # the first says what
+        return entry_of(row, {}, select, {"exit_status": None, "checks": []}, problem=said[0] if said else str(error))
     versions = installed(python)
     log = place / "verdicts.json"
     log.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run, versions
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
-from pytest_diffopt.preparation import autoencoder, compilation, quantization
+from pytest_diffopt.preparation import autoencoder, compilation, quantization, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
@@ -163,6 +163,7 @@ def run_block(order: Order, accelerator: Accelerator) -> BlockRun:
     stack.enter_context(accelerator.known_to_libraries())
     stack.enter_context(quantization.quantizers_accept(accelerator))
     stack.enter_context(gguf_files.loadable())
+    stack.enter_context(uninitialized_memory.filled())
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.fallback_random = True  # numbers that a model draws must be the eager ones
     torch._dynamo.config  # noqa: B018 - imported before it is read

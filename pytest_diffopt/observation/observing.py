@@ -48,7 +48,7 @@ from pytest_diffopt.observation.probes import (
     recording,
     widen,
 )
-from pytest_diffopt.preparation import attention, caching, compilation, kept_tables
+from pytest_diffopt.preparation import attention, caching, compilation, kept_tables, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
 from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
@@ -118,7 +118,13 @@ def observe(
         precise = not recipe.compilation and recipe.offloading is None
     if not accelerator.is_host:
         kept_tables.forget(accelerator.kind)
-    with state.borrowed_state(), accelerator.known_to_libraries(), kept_tables.made_anew(), quietly() as caught:
+    with (
+        state.borrowed_state(),
+        accelerator.known_to_libraries(),
+        kept_tables.made_anew(),
+        uninitialized_memory.filled(),
+        quietly() as caught,
+    ):
         run.everything()
         if precise and run.failure is None:
             run.in_higher_precision()
