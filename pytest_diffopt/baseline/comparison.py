@@ -228,6 +228,8 @@ def _apart(what: str, recorded: tuple[int, int], now: tuple[int, int], noise: fl
 def _latency(recorded: Record, now: Record) -> Iterator[Difference]:
     """Only slower is told: faster by chance today is no promise, and the interval of what is recorded stands."""
     if recorded.latency is None or now.latency is None:
+        if recorded.latency is not None and not now.failure:
+            yield Difference("time against eager", "", "measured", "not measured", "worse")
         return
     for name in ("cold", "warm", "steady"):
         before, after = getattr(recorded.latency, name), getattr(now.latency, name)
@@ -238,6 +240,10 @@ def _latency(recorded: Record, now: Record) -> Iterator[Difference]:
 def _tolerance(recorded: Record, now: Record) -> Iterator[Difference]:
     before, after = recorded.required_tolerance, now.required_tolerance
     if before is None or after is None:
+        if before != after and not now.failure and not recorded.failure:  # which are told, and end parity with them
+            yield Difference(
+                "tolerance that parity requires", "", before, after, "worse" if after is None else "better"
+            )
         return
     if after > max(before * TOLERANCE_NOISE, now.tolerance_floor):
         yield Difference("tolerance that parity requires", "", before, after, "worse")

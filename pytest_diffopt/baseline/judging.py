@@ -6,20 +6,22 @@ import dataclasses
 import functools
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pytest_diffopt.baseline.comparison import Difference, differences
 from pytest_diffopt.baseline.key import Key, nearest
 from pytest_diffopt.baseline.record import Record
-from pytest_diffopt.baseline.store import BaselineFile, Found, name_of, parsed
+from pytest_diffopt.baseline.store import BaselineFile, Found, name_of, parsed, source_of
 from pytest_diffopt.checks.verdict import Status, Verdict
 from pytest_diffopt.errors import BaselineError
 
 NAME = "baseline"
 SHOWN = 12
 """Differences that are shown; the rest is counted."""
+MEND = "restore it from version control, or delete it and record it again"
+DELETE = "delete the file if that is meant"
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ class Baselines:
         if isinstance(file, BaselineFile) and (file.source, file.recipe) != (source, recipe):
             file = BaselineError(f"it is of the recipe {file.recipe} in {file.source}")
         if isinstance(file, BaselineError):
-            mend = "restore it from version control, or delete it and record it again"
-            return _verdict(recipe, "failed", f"{path}: {file}", key, evidence=[mend, command])
+            return _verdict(recipe, "failed", f"{path}: {file}", key, evidence=[MEND, command])
         against = nearest(key, [entry.key for entry in file.entries])
         if against is None:
             there = "; ".join(dict.fromkeys(entry.key.place for entry in file.entries)) or "nothing"
@@ -110,8 +111,7 @@ class Baselines:
         file = self._files.get(name)
         path = f"{self.directory}/{name}"
         if isinstance(file, BaselineError):
-            mend = "restore it from version control, or delete it and record it again"
-            return _verdict(recipe, "failed", f"{path}: {file}", key, evidence=[mend])
+            return _verdict(recipe, "failed", f"{path}: {file}", key, evidence=[MEND])
         before = file.entry(key) if file is not None else None
         found = differences(before.record, record, key.accelerator) if before is not None else []
         lines = [one.line for one in found[:SHOWN]] + (
@@ -150,22 +150,43 @@ class Baselines:
         candidates = self._by_content.get((source, _plain(record.recipe)), [])
         return next((name for recipe, name in candidates if recipe not in present), "")
 
-    def orphans(self, sources: Mapping[str, Collection[str]], gone: Collection[str] = ()) -> dict[str, str]:
-        """The baselines whose recipe is gone: path → the sentence that says so.
+    def strays(
+        self, sources: Mapping[str, Collection[str]], is_there: Callable[[str], bool], *, all_wanted: bool = False
+    ) -> dict[str, str]:
+        """The baselines that no recipe of the run was held against, and should have been: path → the sentence that says so.
 
         Args:
             sources: recipe file → the names of its recipes, of the files that the run read.
-            gone: recipe files that are no more there.
+            is_there: whether there is a recipe file of that name.
+            all_wanted: whether a baseline is one too whose recipe file is there, and was no part of the run.
         """
+        judged = {name_of(source, recipe) for source, recipes in sources.items() for recipe in recipes}
         sentences = {}
         for name, file in self._files.items():
-            if isinstance(file, BaselineError):
-                continue  # told by the verdict of its recipe
-            if file.source in gone:
-                sentences[name] = f"{self.directory}/{name}: its recipe file {file.source} is gone"
-            elif file.source in sources and file.recipe not in sources[file.source]:
-                sentences[name] = f"{self.directory}/{name}: {file.source} has no recipe {file.recipe} any more"
+            if name not in judged and (why := self._why_stray(name, file, sources, is_there, all_wanted=all_wanted)):
+                sentences[name] = f"{self.directory}/{name}: {why}"
         return sentences
+
+    def _why_stray(
+        self,
+        name: str,
+        file: BaselineFile | BaselineError,
+        sources: Mapping[str, Collection[str]],
+        is_there: Callable[[str], bool],
+        *,
+        all_wanted: bool,
+    ) -> str:
+        if isinstance(file, BaselineError):
+            source = source_of(name)
+            ours = source in sources or source in self.sources() or is_there(source)
+            return f"{file}; {MEND}" if ours else ""  # else it is no file of ours
+        if name != (proper := name_of(file.source, file.recipe)):
+            return f"it is of {file.recipe} in {file.source}, whose baseline is {self.directory}/{proper}; {DELETE}"
+        if file.source in sources:
+            return f"{file.source} has no recipe {file.recipe} any more; {DELETE}"
+        if not is_there(file.source):
+            return f"its recipe file {file.source} is gone; {DELETE}"
+        return f"its recipe file {file.source} was no part of the run" if all_wanted else ""
 
     def sources(self) -> set[str]:
         """The recipe files that the baselines are of."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pytest_diffopt.baseline.comparison import differences
 from pytest_diffopt.baseline.key import Key
@@ -80,6 +80,11 @@ def name_of(source: str, recipe: str) -> str:
     """The path of a recipe's baseline in the folder of baselines: ``examples/flux/flux-nf4.json``."""
     folder = source.removesuffix(SUFFIX)
     return "/".join([*(quote(step, safe=_SAFE) for step in folder.split("/")), f"{quote(recipe, safe=_SAFE)}.json"])
+
+
+def source_of(name: str) -> str:
+    """The recipe file that a path in the folder of baselines belongs to, the inverse of :func:`name_of`."""
+    return unquote(name.rpartition("/")[0]) + SUFFIX
 
 
 _SAFE = "[]()+=,@ "

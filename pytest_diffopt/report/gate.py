@@ -142,7 +142,7 @@ class Gate:
     def finish(self, exit_status: int) -> None:
         """Record, where the run records, and judge it."""
         rows = merged(self._report.rows)
-        problems = tuple(self._record(rows) if self._settings.update_baseline else self._orphans())
+        problems = tuple(self._record(rows) if self._settings.update_baseline else self._strays())
         self.outcome = outcome_of(
             Counter(status for row in rows for status in row["statuses"].values()),
             len(rows),
@@ -195,21 +195,20 @@ class Gate:
                 except OSError as error:
                     problems.append(f"{recipe} is not recorded: {error.strerror or error}; what was there stands")
         self._recorded = _told(done, baselines.directory)
-        return problems + self._orphans({one.was for one in done})
+        return problems + self._strays({one.was for one in done})
 
-    def _orphans(self, moved: Collection[str] = ()) -> list[str]:
+    def _strays(self, moved: Collection[str] = ()) -> list[str]:
+        """A sentence for each baseline that nothing was held against, and should have been; not for those that moved."""
         if BASELINES not in self._config.stash:
             return []
-        baselines = self._config.stash[BASELINES]
         root: Path = self._config.rootpath
         sources = self._config.stash.get(left_out.SOURCES, {})
-        inside = [name for name in baselines.sources() if not name.startswith(OUTSIDE)]
-        gone = [name for name in inside if not (root / name).is_file()]
-        return [
-            f"{sentence}; delete the file if that is meant"
-            for name, sentence in baselines.orphans(sources, gone).items()
-            if name not in moved
-        ]
+        found = self._config.stash[BASELINES].strays(
+            sources,
+            lambda source: source.startswith(OUTSIDE) or (root / source).is_file(),
+            all_wanted=self._settings.strict and not self._settings.update_baseline,
+        )
+        return [sentence for name, sentence in found.items() if name not in moved]
 
 
 def _told(done: list[Any], directory: str) -> list[str]:

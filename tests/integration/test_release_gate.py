@@ -146,6 +146,35 @@ def test_what_was_left_out_damaged_or_renamed_closes_the_gate(
     assert sorted(path.name for path in damaged.parent.iterdir()) == ["nf4.json", "renamed.json"]
 
 
+def test_a_recipe_file_that_is_not_run_closes_a_strict_gate_and_a_mark_makes_nothing_known_that_passes(
+    gate: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    pytester.mkdir("more")
+    other = RECIPES.partition("[recipe.nf4]")[0].replace("recipe.compiled", "recipe.other")
+    pytester.path.joinpath("more", "m.recipes.toml").write_text(other, encoding="utf-8")
+    assert gate(UPDATE).ret == 0
+    part = gate("--ignore=more")
+    assert (part.ret, part.outlines[-2]) == (0, "GATE PASSED: 11 verdicts of 2 recipes passed")
+    strict = gate(STRICT, "--ignore=more", "-n", "2")
+    assert strict.ret == 1
+    assert last_lines(strict)[:2] == [
+        "baseline: base/more/m/other.json: its recipe file more/m.recipes.toml was no part of the run",
+        "GATE FAILED: 1 problem with baselines; 11 verdicts of 2 recipes passed",
+    ]
+    pytester.path.joinpath("base", "r", "nf4.json").unlink()
+    pytester.makeconftest(
+        "import pytest\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    for item in items:\n"
+        "        item.add_marker(pytest.mark.xfail(reason='whatever'))\n"
+    )
+    marked = gate(STRICT, "--ignore=more", fault="breaks")
+    assert marked.ret == 1
+    assert marked.outlines[-2].startswith(
+        "GATE FAILED: 1 unverified, 1 problem with baselines; 9 verdicts of 2 recipes"
+    )
+
+
 def test_a_recipe_that_fails_is_not_recorded_and_a_full_disk_leaves_what_was_there(
     gate: Callable[..., pytest.RunResult], pytester: pytest.Pytester
 ) -> None:

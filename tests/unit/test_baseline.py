@@ -27,7 +27,7 @@ from pytest_diffopt.baseline.record import (
     Resident,
     record_of,
 )
-from pytest_diffopt.baseline.store import Found, Store, made_entry, name_of, parsed, read_all, text_of
+from pytest_diffopt.baseline.store import Found, Store, made_entry, name_of, parsed, read_all, source_of, text_of
 from pytest_diffopt.errors import BaselineError
 from pytest_diffopt.observation.observation import (
     CallMemory,
@@ -128,6 +128,7 @@ def test_nothing_differs_from_itself() -> None:
         ),
         ({"failure": "RuntimeError"}, "worse: the run ends with: no error recorded, RuntimeError now"),
         ({"required_tolerance": 0.02}, "worse: tolerance that parity requires: 0.01 recorded, 0.02 now"),
+        ({"required_tolerance": None}, "worse: tolerance that parity requires: 0.01 recorded, none now"),
         (
             {"recipe": {"pipeline": "tiny-flux", "compilation": []}},
             "changed: the recipe's compilation: [{'component': 'transformer'}] recorded, [] now",
@@ -209,6 +210,16 @@ def test_latency_is_worse_where_the_intervals_do_not_touch_and_is_told_apart_by_
     slower = replace(RECORD, latency=Latency(Ratio(5, 4, 6), Ratio(0.8, 0.7, 0.9), Ratio(1.0, 0.9, 1.1)))
     assert differences(before, touching, "cuda") == []
     assert one_difference(slower, before)[1] == "worse: time against eager, steady call: 0.7× recorded, 1× now"
+
+
+def test_what_was_measured_and_is_not_any_more_is_worse_and_told_once_where_the_run_ends() -> None:
+    before = replace(RECORD, latency=Latency(steady=Ratio(0.7, 0.6, 0.8)))
+    assert one_difference(RECORD, before)[1] == "worse: time against eager: measured recorded, not measured now"
+    assert differences(RECORD, before, "cuda") == []  # a baseline of a release that did not measure it
+    ended = replace(before, failure="RuntimeError", required_tolerance=None, latency=None)
+    assert one_difference(ended, before)[1].startswith("worse: the run ends with")
+    parity = one_difference(RECORD, replace(RECORD, required_tolerance=None))
+    assert parity == ("better", "better: tolerance that parity requires: none recorded, 0.01 now")
 
 
 # what is kept of an observation
@@ -523,14 +534,56 @@ def test_a_file_of_another_recipe_fails(tmp_path: Path) -> None:
     assert verdict.status == "failed"
 
 
+def strays(folder: Path, sources: dict[str, list[str]], *there: str, all_wanted: bool = False) -> list[str]:
+    found = Baselines("base", read_all(folder)).strays(sources, there.__contains__, all_wanted=all_wanted)
+    assert [sentence.partition(": ")[0] for sentence in found.values()] == [f"base/{name}" for name in found]
+    return [sentence.partition(": ")[2] for sentence in found.values()]
+
+
 def test_baselines_whose_recipe_or_file_is_gone_are_told(tmp_path: Path) -> None:
     stored(tmp_path, (KEY, RECORD))
-    baselines = Baselines("base", read_all(tmp_path))
-    assert baselines.orphans({"a/x.recipes.toml": ["r"]}) == {}
-    assert baselines.orphans({"b.recipes.toml": []}) == {}
-    gone = {"a/x/r.json": "base/a/x/r.json: a/x.recipes.toml has no recipe r any more"}
-    assert baselines.orphans({"a/x.recipes.toml": ["new"]}) == gone
-    assert list(baselines.orphans({}, ["a/x.recipes.toml"])) == ["a/x/r.json"]
+    assert strays(tmp_path, {"a/x.recipes.toml": ["r"]}) == []
+    assert strays(tmp_path, {"a/x.recipes.toml": ["new"]}) == [
+        "a/x.recipes.toml has no recipe r any more; delete the file if that is meant"
+    ]
+    assert strays(tmp_path, {}) == ["its recipe file a/x.recipes.toml is gone; delete the file if that is meant"]
+
+
+def test_a_baseline_whose_recipe_file_was_not_run_is_told_where_all_are_wanted(tmp_path: Path) -> None:
+    stored(tmp_path, (KEY, RECORD))
+    others = {"b.recipes.toml": ["r"]}
+    assert strays(tmp_path, others, "a/x.recipes.toml") == []
+    assert strays(tmp_path, others, "a/x.recipes.toml", all_wanted=True) == [
+        "its recipe file a/x.recipes.toml was no part of the run"
+    ]
+
+
+def test_a_baseline_under_another_name_is_told(tmp_path: Path) -> None:
+    path = stored(tmp_path, (KEY, RECORD))
+    path.rename(path.with_name("copy.json"))
+    assert strays(tmp_path, {"a/x.recipes.toml": ["r"]}) == [
+        "it is of r in a/x.recipes.toml, whose baseline is base/a/x/r.json; delete the file if that is meant"
+    ]
+
+
+def test_a_damaged_file_that_no_recipe_is_held_against_is_told_and_another_tool_s_is_not(tmp_path: Path) -> None:
+    path = stored(tmp_path, (KEY, RECORD))
+    path.with_name("gone.json").write_text("{", encoding="utf-8")
+    for name in ("report.json", "notes/x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (told,) = strays(tmp_path, {"a/x.recipes.toml": ["r"]})
+    assert told.startswith("it is damaged: no JSON")
+    assert told.endswith("; restore it from version control, or delete it and record it again")
+    path.unlink()
+    assert len(strays(tmp_path, {}, "a/x.recipes.toml")) == 1
+    path.with_name("gone.json").unlink()
+    assert len(strays(tmp_path, {}, "notes.recipes.toml")) == 1
+
+
+def test_the_recipe_file_of_a_path_is_the_one_it_was_made_of() -> None:
+    for source in ("a/x.recipes.toml", "x.recipes.toml", "a b/ü%.recipes.toml", "outside/x.recipes.toml"):
+        assert source_of(name_of(source, "r/ö")) == source
 
 
 def test_baselines_cross_processes_as_plain_data(tmp_path: Path) -> None:
