@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pytest_diffopt.report.terminal import RecipeReport
 
 PASSED, FAILED = "GATE PASSED", "GATE FAILED"
+_SHOWN = 6
+"""Checks that were left out and are named at the end of a run; reports name them all."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class Outcome:
     Attributes:
         passed: whether the release may pass. sentence: ``GATE PASSED`` or ``GATE FAILED``, with the counts.
         problems: a sentence each, of what is no test's failure.
+        others_failed: the node ids of failed tests without a recipe, and of files that were not collected.
+        left_out: the node ids of checks that were not run, as the user asked.
     """
 
     passed: bool
     sentence: str
     problems: tuple[str, ...] = ()
+    others_failed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def outcome_of(
@@ -143,21 +149,23 @@ class Gate:
         """Record, where the run records, and judge it."""
         rows = merged(self._report.rows)
         problems = tuple(self._record(rows) if self._settings.update_baseline else self._strays())
-        self.outcome = outcome_of(
+        left = self._config.stash.get(left_out.LEFT_OUT, [])
+        outcome = outcome_of(
             Counter(status for row in rows for status in row["statuses"].values()),
             len(rows),
             exit_status=exit_status,
             others_failed=len(self._others_failed),
             strict=self._settings.strict,
-            left_out=len(self._config.stash.get(left_out.LEFT_OUT, [])),
+            left_out=len(left),
             problems=problems,
         )
+        self.outcome = replace(outcome, others_failed=tuple(sorted(self._others_failed)), left_out=tuple(left))
 
     def fail(self, why: str) -> None:
         """Close the gate for something that went wrong after it was judged, e.g. a report that could not be written."""
         if self.outcome is not None:
             counts = self.outcome.sentence.partition(": ")[2]
-            self.outcome = Outcome(False, f"{FAILED}: {why}; {counts}", self.outcome.problems)
+            self.outcome = replace(self.outcome, passed=False, sentence=f"{FAILED}: {why}; {counts}")
 
     def lines(self) -> list[tuple[str, bool]]:
         """The last lines of a run, and whether each is good news."""
@@ -165,6 +173,9 @@ class Gate:
             return []
         lines = [(f"baseline: {line}", True) for line in self._recorded]
         lines += [(f"baseline: {line}", False) for line in self.outcome.problems]
+        if self._settings.strict and (left := self.outcome.left_out):
+            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+            lines.append((f"left out: {', '.join(left[:_SHOWN])}{more}", False))
         return [*lines, (self.outcome.sentence, self.outcome.passed)] if self.is_asked_for else lines
 
     def _record(self, rows: list[dict[str, Any]]) -> list[str]:

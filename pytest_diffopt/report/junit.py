@@ -40,11 +40,13 @@ def flattened(properties: Iterable[tuple[str, Any]], carried: Carried) -> list[t
 
 
 def junit_xml(run: Run) -> str:
-    """The run as JUnit's XML: a suite a recipe, a case a verdict."""
+    """The run as JUnit's XML: a suite a recipe, a case a verdict; and the gate, which fails by more than verdicts."""
     counts = Counter(_kind(verdict.status) for recipe in run.recipes for verdict in recipe.verdicts)
+    counts["passed" if run.gate.passed else "failures"] += 1
     root = ElementTree.Element("testsuites", _counted(counts), name="pytest-diffopt", time=f"{run.seconds:.3f}")
     for recipe in run.recipes:
         root.append(_suite(run, recipe))
+    root.append(_gate(run))
     ElementTree.indent(root)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
 
@@ -80,6 +82,17 @@ def _suite(run: Run, recipe: RecipeRun) -> ElementTree.Element:
         elif _kind(verdict.status) == "skipped":
             message = clean(f"{verdict.status}: {verdict.sentence}")
             ElementTree.SubElement(case, "skipped", type=f"diffopt.{verdict.status}", message=message).text = text
+    return suite
+
+
+def _gate(run: Run) -> ElementTree.Element:
+    gate = run.gate
+    counts = _counted({"passed" if gate.passed else "failures": 1})
+    suite = ElementTree.Element("testsuite", counts, name="gate", timestamp=run.started, errors="0")
+    case = ElementTree.SubElement(suite, "testcase", classname="pytest-diffopt", name="gate")
+    if not gate.passed:
+        text = clean("\n".join([gate.sentence, *gate.lines]))
+        ElementTree.SubElement(case, "failure", message=clean(gate.sentence)).text = text
     return suite
 
 

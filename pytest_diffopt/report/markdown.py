@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 20
 """GitHub shows no summary of a step that is larger, in UTF-8."""
 
+_BESIDE = 50  # lines of what stands beside the verdicts
 _FOR_THE_REST = 400  # bytes, for the sentence that counts what is left out
 _MARKS = {"failed": "❌", "unverified": "⚠️", "skipped": "⚠️", "known": "🔷", "passed": "✅"}
 
@@ -57,7 +58,9 @@ def _fitting(blocks: Sequence[str], room: int) -> tuple[list[str], int]:
 def _head(run: Run) -> list[str]:
     mark = "✅" if run.gate.passed else "❌"
     lines = ["## Optimization recipes", "", f"{mark} **{inline(run.gate.sentence)}**", ""]
-    lines += [f"- {inline(problem)}" for problem in run.gate.problems]
+    beside = run.gate.lines
+    lines += [f"- {inline(line)}" for line in beside[:_BESIDE]]
+    lines += [f"- and {len(beside) - _BESIDE} more"] if len(beside) > _BESIDE else []
     for key in run.accelerators:
         versions = ", ".join(f"{name} {version}" for name, version in key.versions.items())
         lines.append(f"- on {inline(key.place)}, with {inline(versions)}")

@@ -149,7 +149,7 @@ def _head(run: Run) -> Iterator[str]:
     yield '<ul class="counts" aria-label="Verdicts by status">'
     yield from (f"<li>{_chip(status, f'{count} {status}')}</li>" for status, count in counts.items() if count)
     yield "</ul>"
-    yield from (f'<p class="failed">{_text(problem)}</p>' for problem in run.gate.problems)
+    yield from (f'<p class="failed">{_text(line)}</p>' for line in run.gate.lines)
     for key in run.accelerators:
         versions = ", ".join(f"{name} {version}" for name, version in key.versions.items())
         yield f'<p class="quiet">on {_text(key.place)}, with {_text(versions)}</p>'

@@ -194,7 +194,7 @@ class Reports:
 
         outcome = self._gate.outcome if self._gate is not None else None
         if outcome is not None:
-            gate = GateRecord(passed=outcome.passed, sentence=outcome.sentence, problems=outcome.problems)
+            gate = GateRecord(**dataclasses.asdict(outcome))
         else:
             gate = GateRecord(passed=False, sentence="the run has not ended")
         gate = gate.model_copy(update={"strict": self._config.stash[SETTINGS].strict})

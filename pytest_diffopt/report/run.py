@@ -198,6 +198,16 @@ class GateRecord(_Part):
     """Verdicts by status."""
     problems: tuple[str, ...] = ()
     """What is no test's failure, a sentence each."""
+    others_failed: tuple[str, ...] = ()
+    """The node ids of failed tests without a recipe, and of files that were not collected."""
+    left_out: tuple[str, ...] = ()
+    """The node ids of checks that were not run, as the user asked."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands beside the verdicts, a line each."""
+        failed = [f"failed, and no recipe of ours: {one}" for one in self.others_failed]
+        return [*self.problems, *failed, *(f"left out: {one}" for one in self.left_out)]
 
 
 class Run(_Part):

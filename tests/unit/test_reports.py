@@ -95,6 +95,7 @@ def items(name: str, *, status: str = "passed", sentence: str = "fine", line: in
 
 def run_with(*recipes: list[Carried]) -> Run:
     gate = GateRecord(passed=False, sentence="GATE FAILED: 1 failed", problems=("a file is gone",), strict=True)
+    gate = gate.model_copy(update={"others_failed": ("test_x.py::test_y",), "left_out": ("a.recipes.toml::r::parity",)})
     return run_of(
         [item for recipe in recipes for item in recipe],
         gate,
@@ -209,7 +210,7 @@ def test_markdown_has_no_html_of_a_recipe() -> None:
 
 def test_junit_has_flat_scalars_and_the_failures() -> None:
     root = ElementTree.fromstring(junit_xml(RUN))
-    assert (root.get("tests"), root.get("failures")) == ("6", "3")
+    assert (root.get("tests"), root.get("failures")) == ("7", "4")
     suite = next(one for one in root if one.get("name") == "a/x.recipes.toml::flux")
     properties = {one.get("name"): one.get("value") for one in suite.find("properties") or []}
     assert properties["diffopt_peak_bytes"] == str(12 * MIB)
@@ -217,6 +218,27 @@ def test_junit_has_flat_scalars_and_the_failures() -> None:
     failure = next(case.find("failure") for case in suite.iter("testcase") if case.get("name") == "baseline")
     assert failure is not None
     assert failure.get("message") == "1 thing not as recorded: 1 worse"
+
+
+BESIDE = ("a file is gone", "failed, and no recipe of ours: test_x.py::test_y", "left out: a.recipes.toml::r::parity")
+
+
+def test_each_report_has_what_closes_the_gate_beside_verdicts() -> None:
+    shown = Page(page(RUN))
+    for text in (markdown(RUN).replace("\\", ""), "".join(shown.text), junit_xml(RUN)):
+        assert all(line in text for line in BESIDE)
+    many = RUN.gate.model_copy(update={"left_out": tuple(f"a.recipes.toml::r{k}::parity" for k in range(100))})
+    assert "- and 52 more" in markdown(RUN.model_copy(update={"gate": many}))
+
+
+def test_junit_has_a_failure_where_the_gate_is_closed_by_no_verdict_and_none_where_it_is_open() -> None:
+    def failures(passed: bool) -> tuple[str | None, str | None]:
+        gate = GateRecord(passed=passed, sentence="GATE ...")
+        run = run_of([], gate, version="0.1.0", started="2026-01-02T03:04:05+00:00", seconds=3.5)
+        root = ElementTree.fromstring(junit_xml(run))
+        return root.get("failures"), root.get("tests")
+
+    assert (failures(False), failures(True)) == (("1", "1"), ("0", "1"))
 
 
 def test_two_hundred_recipes_take_time_in_proportion() -> None:
