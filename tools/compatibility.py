@@ -68,6 +68,16 @@ ROWS = (
     Row({"bitsandbytes": "0.47.0"}),
     Row({"pytest": "8.4.2"}),
     Row({"pytest": "8.0.2"}),
+    Row(
+        {
+            "diffusers": "0.37.0",
+            "transformers": "5.0.0",
+            "accelerate": "1.2.0",
+            "bitsandbytes": "0.47.0",
+            "pytest": "8.0.2",
+        },
+        HUB_OF_ITS_OWN,
+    ),  # the lower bounds of pyproject.toml together
 )
 
 
