@@ -341,4 +341,7 @@ def _name(run: Run, recipe: RecipeRun) -> str:
 
 def _text(text: str) -> str:
     """Escaped, without the characters that HTML cannot hold."""
-    return escape("".join(character for character in text if character >= " " or character in "\n\t"))
+    return escape(text.translate(_UNHELD))
+
+
+_UNHELD = {code: None for code in range(32) if chr(code) not in "\n\t"}

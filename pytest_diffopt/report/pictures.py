@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -140,13 +139,13 @@ class _Plot:
         """A path an owner, each on top of the ones before it; memory changes in steps."""
         xs = [self.x(position) for position in self.residency.positions]
         floor = [0] * len(xs)
+        back = _steps(xs, [self.y(0)] * len(xs))
         paths = []
         for column in range(len(self.residency.owners)):
             top = [below + row[column] for below, row in zip(floor, self.residency.bytes, strict=True)]
             there = _steps(xs, [self.y(count) for count in top])
-            back = _steps(xs, [self.y(count) for count in floor])
             paths.append("M" + "L".join(there + back[::-1]) + "Z")
-            floor = top
+            floor, back = top, there
         return paths
 
     def phases(self) -> list[str]:
@@ -181,10 +180,14 @@ class _Plot:
 
 
 def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
-    corners = [
-        (x, y) for at, (x, y) in enumerate(zip(xs, ys, strict=True)) for x, y in ((x, ys[max(at - 1, 0)]), (x, y))
-    ]
-    return [f"{x:.1f} {y:.1f}" for (x, y), _ in itertools.groupby(corners)]
+    """The corners of a line that changes in steps, as a path writes them; none where nothing changes that can be seen."""
+    corners: list[str] = []
+    before = None
+    for x, y in zip(xs, map("{:.1f}".format, ys), strict=True):
+        if y != before:
+            corners += [f"{x:.1f} {level}" for level in (before, y) if level is not None]
+            before = y
+    return [*corners, f"{xs[-1]:.1f} {before}"] if xs else []
 
 
 def _colours(owners: Sequence[Owner]) -> dict[Owner, tuple[str, float]]:
