@@ -140,10 +140,11 @@ class _Plot:
         xs = [self.x(position) for position in self.residency.positions]
         floor = [0] * len(xs)
         back = _steps(xs, [self.y(0)] * len(xs))
+        zero, height = self.y(0), self.y(0) - self.y(1)
         paths = []
         for column in range(len(self.residency.owners)):
             top = [below + row[column] for below, row in zip(floor, self.residency.bytes, strict=True)]
-            there = _steps(xs, [self.y(count) for count in top])
+            there = _steps(xs, [zero - height * count for count in top])
             paths.append("M" + "L".join(there + back[::-1]) + "Z")
             floor, back = top, there
         return paths
@@ -183,11 +184,12 @@ def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
     """The corners of a line that changes in steps, as a path writes them; none where nothing changes that can be seen."""
     corners: list[str] = []
     before = None
-    for x, y in zip(xs, map("{:.1f}".format, ys), strict=True):
-        if y != before:
-            corners += [f"{x:.1f} {level}" for level in (before, y) if level is not None]
-            before = y
-    return [*corners, f"{xs[-1]:.1f} {before}"] if xs else []
+    for x, y in zip(xs, ys, strict=True):
+        level = round(10 * y)  # a tenth is the least that is written
+        if level != before:
+            corners += [f"{x:.1f} {one / 10:.1f}" for one in (before, level) if one is not None]
+            before = level
+    return [*corners, f"{xs[-1]:.1f} {before / 10:.1f}"] if before is not None else []
 
 
 def _colours(owners: Sequence[Owner]) -> dict[Owner, tuple[str, float]]:
