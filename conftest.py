@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.warm_python import INTERPRETER, warm_python
+
 pytest_plugins = ["pytester"]
 
 # Set before torch is imported. One Inductor cache for all tests and runs: a cold one costs minutes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes that import torch costs more
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else each process asks another one, which imports torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for a core spin on it otherwise
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "inductor"))
 os.environ.setdefault("DIFFOPT_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "replicas"))
 
@@ -20,6 +27,38 @@ RunPytest = Callable[..., pytest.RunResult]
 
 # By these pytest and the plugin write more for a CI's log and page: whole messages in the summary, annotations.
 _OF_A_CI = ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    processes = warm_python()
+    processes.__enter__()  # before the workers of pytest-xdist are started, which share it
+    config.add_cleanup(lambda: processes.__exit__(None, None, None))
+
+
+@pytest.fixture(scope="session")
+def frozen_libraries() -> None:
+    """Half a million objects of the libraries, which every collection of garbage would look at: 0.4 s each."""
+    from pytest_diffopt.observation.observing import import_libraries, quietly
+
+    with quietly():
+        import_libraries()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_are_forked() -> Iterator[None]:
+    """Python that tests start is forked from a process that has the libraries, where it would import them."""
+    with pytest.MonkeyPatch.context() as monkeypatch, warm_python() as folder:
+        if folder:
+            monkeypatch.setattr(sys, "executable", f"{folder}/python")
+        yield
+
+
+@pytest.fixture
+def fresh_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of this test are the interpreter's own: for tests of what is imported, and of the process itself."""
+    monkeypatch.setattr(sys, "executable", INTERPRETER)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,10 @@ Judge = Callable[..., Verdicts]
 WIDTH = 64
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_frozen(frozen_libraries: None) -> None: ...
+
+
 def inputs(*sizes: int, **more: Any) -> list[dict[str, Any]]:
     """A model's inputs, one dict a call: ``x`` of shape (size, 64), seeded."""
     generator = torch.Generator().manual_seed(0)

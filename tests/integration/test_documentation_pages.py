@@ -20,6 +20,7 @@ from pytest_diffopt.documentation.processes import Server
 from pytest_diffopt.documentation.record import BlockRun
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.recipe_loading import load_recipes
+from tests.warm_python import INTERPRETER
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "tests" / "pages"
@@ -359,7 +360,8 @@ def test_a_page_of_ten_megabytes_is_collected(tmp_path: Path, plugin: tuple[str,
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server("cpu") as server:
+    with pytest.MonkeyPatch.context() as monkeypatch, Server("cpu") as server:
+        monkeypatch.setattr(sys, "executable", INTERPRETER)  # its memory and open files are looked at
         yield server
 
 
@@ -428,7 +430,7 @@ def test_a_run_that_is_stopped_leaves_no_process(tmp_path: Path, plugin: tuple[s
     (tmp_path / "page.md").write_text(
         f"```py\nimport os\nopen({'/path/to/pid'!r}, 'w').write('x')\nwhile True: pass\n```\n"
     )
-    command = [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "--diffopt-docs", "page.md", HOST]
+    command = [INTERPRETER, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "--diffopt-docs", "page.md", HOST]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

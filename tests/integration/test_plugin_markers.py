@@ -191,6 +191,7 @@ def test_settings_were_given_back():
         result.stdout.fnmatch_lines([line])
 
 
+@pytest.mark.usefixtures("fresh_python")
 def test_requires_gpu_skips_with_the_reason_at_the_tests_own_place(
     run_pytest: RunPytest, pytester: pytest.Pytester
 ) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from conftest import RunPytest
 
 
+@pytest.mark.usefixtures("fresh_python")
 def test_loading_the_plugin_imports_nothing_heavy(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import pytest_diffopt\n\ndef test_a(): dir(pytest_diffopt)")
     pytester.makeconftest(

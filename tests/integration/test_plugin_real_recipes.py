@@ -84,6 +84,7 @@ compilation = { component = "model", backend = "eager" }
         result.stdout.fnmatch_lines([row])
 
 
+@pytest.mark.usefixtures("fresh_python")
 def test_collecting_a_recipe_file_does_not_import_torch(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
     pytester.makefile(
         ".recipes.toml", a='[recipe.a]\npipeline = "tiny-flux"\ncompilation = { component = "transformer" }\n'

@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "third_party"
+WHERE = "import pytest_diffopt; print(pytest_diffopt.__file__)"
+TEXT: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
 
 
 def commands() -> list[str]:
@@ -30,20 +34,20 @@ def outsider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(wheel_command, check=True, env=clean())
     (wheel,) = (place / "wheel").glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True)
+    python = place / "venv" / "bin" / "python"
+    # torch and the libraries are those that are installed here, behind what the example's own command installs; the
+    # environment `bare` of tox.ini has the wheel with nothing else in reach
+    (folder,) = (place / "venv" / "lib").glob("python*/site-packages")
+    (folder / "installed-here.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True)
     install, expected = commands()[0], "pip install -e .[test]"
     assert install == expected
     # the example's own command, with what a package index does not have yet and the versions that were tried
-    arguments = [
-        str(place / "venv" / "bin" / "python"),
-        "-m",
-        *install.split(),
-        "-q",
-        "-c",
-        str(ROOT / "constraints.txt"),
-    ]
+    arguments = [str(python), "-m", *install.split(), "-q", "-c", str(ROOT / "constraints.txt")]
     arguments += ["--find-links", str(place / "wheel")]
     subprocess.run(arguments, check=True, cwd=place / "stripes", env=clean())
-    assert wheel.is_file()
+    where = subprocess.run([str(python), "-c", WHERE], cwd=place, env=clean(), **TEXT)
+    assert where.stdout.startswith(str(place)), where.stdout  # the wheel's, not this repository's
     return place
 
 

@@ -12,6 +12,10 @@ import torch
 import pytest_diffopt.accelerators.simulated  # noqa: F401
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_frozen(frozen_libraries: None) -> None: ...
+
+
 @pytest.fixture(autouse=True)
 def sim() -> Iterator[Any]:
     """``torch.sim``, with no counts, no limit and one byte counted as one."""

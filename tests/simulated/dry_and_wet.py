@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pytest_diffopt.accelerators.simulated import adapted_libraries
+from pytest_diffopt.observation.observing import import_libraries
 
 sim: Any = torch.sim  # type: ignore[attr-defined]
 
@@ -160,5 +161,7 @@ def main(replica: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    import_libraries()
+    gc.freeze()  # to look at what is imported costs half a second each time
     with adapted_libraries():
         print(json.dumps(main(sys.argv[1])))

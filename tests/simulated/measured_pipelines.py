@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import pytest_diffopt.accelerators.simulated  # noqa: F401
+from pytest_diffopt.observation.observing import import_libraries
 
 sim: Any = torch.sim  # type: ignore[attr-defined]
 
@@ -119,5 +120,7 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    import_libraries()
+    gc.freeze()  # to look at what is imported costs half a second each time
     torch.set_num_threads(int(sys.argv[1]))
     print(json.dumps(measure()))
