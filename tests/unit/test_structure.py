@@ -35,13 +35,13 @@ LAYERS = (
     ("preparation",),
     ("replicas", "accelerators"),
     ("strategies", "recipe_loading", "matrix"),
-    ("recipe",),
+    ("recipe", "libraries"),
     ("quantization_backends",),
     ("contract", "denoising"),
     ("references",),
     ("part",),
     ("byte_sizes",),
-    ("errors", "user_cache", "whole_files"),
+    ("errors", "extras", "user_cache", "whole_files"),
 )
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}
 HEAVY = ("torch", "numpy", "pydantic", "rich", "diffusers", "transformers", "hypothesis")

@@ -1,0 +1,97 @@
+"""The libraries that recipes run on: which versions are installed, importing them, and keeping them quiet meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import platform
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
+
+if TYPE_CHECKING:
+    from pytest_diffopt.recipe import Recipe
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", *DISTRIBUTIONS)
+"""Whose versions decide what a recipe does. Those of quantization backends may be absent."""
+
+_QUIET_LOGGERS = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.utils._pytree",
+)
+_IMPORTED_FIRST = (
+    "torch._inductor.config",
+    "transformers",
+    "diffusers.models.attention_dispatch",
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers.hooks",
+    "accelerate.hooks",
+    "bitsandbytes",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, this package and those of :data:`LIBRARIES` that are installed, by distribution."""
+    found = {"python": platform.python_version()}
+    for name in (*LIBRARIES, "pytest-diffopt"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hold back what libraries log and warn about while we import them: kernels for other machines, optional packages.
+
+    Errors, logged or raised, are not held back. Only around imports: a user's own code logs as it likes.
+    """
+    before = logging.root.manager.disable  # levels of loggers would not do: libraries set their own while imported
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def import_libraries(recipe: Recipe | None = None) -> None:
+    """Import what a recipe may need before anything is written down: imports change globals too."""
+    quantizations = recipe.quantizations if recipe is not None else ()
+    own = [name for one in quantizations for name in BACKENDS[one.backend].imports]
+    with quiet_imports():
+        for name in (*_IMPORTED_FIRST, *own):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[list[warnings.WarningMessage]]:
+    """Libraries' log lines are held back, and their warnings are written down instead of shown or, by -W, raised."""
+    levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
+    # Whoever collects every log line makes torch render every graph for it; its own trace files stay as they were asked
+    trace = logging.getLogger("torch.__trace")
+    foreign = [handler for handler in trace.handlers if not type(handler).__module__.startswith("torch.")]
+    try:
+        for handler in foreign:
+            trace.removeHandler(handler)
+        for name in _QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            yield caught
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for handler in foreign:
+            trace.addHandler(handler)

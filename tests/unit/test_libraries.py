@@ -1,0 +1,108 @@
+"""What is installed: versions, extras, and libraries that are quiet while we import them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.extras import EXTRAS, needs
+from pytest_diffopt.libraries import quiet_imports, versions
+from pytest_diffopt.preparation.quantization import import_backends
+from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
+from pytest_diffopt.recipe import Quantization
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao can neither be found nor imported, as where it is not installed."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torchao":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for module in BACKENDS["torchao"].imports:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+@pytest.mark.usefixtures("_no_torchao")
+def test_versions_leave_out_what_is_not_installed() -> None:
+    from pytest_diffopt.forecasting.running import _library_versions
+
+    found = versions()
+    assert "torchao" not in found
+    assert {"python", "torch", "diffusers", "bitsandbytes"} <= set(found)
+    assert set(_library_versions()) == set(found) - {"python", "pytest-diffopt"}
+
+
+@pytest.mark.usefixtures("_no_torchao")
+def test_a_backend_that_cannot_be_imported_names_the_extra_that_installs_it() -> None:
+    quantization = Quantization("torchao", "transformer", kwargs={"quant_type": "Int8WeightOnlyConfig"})
+    with pytest.raises(PreparationError) as caught:
+        import_backends([quantization])
+    assert str(caught.value) == (
+        "quantization: torchao needs torchao, which is not installed: pip install pytest-diffopt[torchao]"
+    )
+
+
+def test_each_extra_is_one_of_the_packages_and_installs_what_needs_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    written = {
+        requirement.partition(">=")[0]: extra
+        for extra, requirements in project["optional-dependencies"].items()
+        if extra not in ("test", "all")
+        for requirement in requirements
+    }
+    assert written == EXTRAS
+    required = {requirement.partition(">=")[0] for requirement in project["dependencies"]}
+    assert set(DISTRIBUTIONS) <= required | set(EXTRAS)
+    assert needs("a-package-of-others") == "needs a-package-of-others, which is not installed"
+
+
+def test_strategies_without_hypothesis_name_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pytest_diffopt.strategies", raising=False)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module("pytest_diffopt.strategies")
+    assert str(caught.value) == (
+        "pytest_diffopt.strategies needs hypothesis, which is not installed: pip install pytest-diffopt[hypothesis]"
+    )
+
+
+def test_imports_are_quiet_but_for_errors_and_logging_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    library = logging.getLogger("a_library")
+    with quiet_imports():
+        library.setLevel(logging.WARNING)  # as libraries do when they are imported
+        library.warning("no kernels for this machine")
+        warnings.warn("an optional package is missing", UserWarning, stacklevel=1)
+        library.error("a broken installation")
+    library.warning("of a call")
+    assert [record.getMessage() for record in caplog.records] == ["a broken installation", "of a call"]
+    with pytest.raises(ZeroDivisionError), quiet_imports():
+        1 / 0  # noqa: B018
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_quiet_imports_keep_what_the_user_disabled() -> None:
+    logging.disable(logging.CRITICAL)
+    try:
+        with quiet_imports():
+            assert logging.root.manager.disable == logging.CRITICAL
+        assert logging.root.manager.disable == logging.CRITICAL
+    finally:
+        logging.disable(logging.NOTSET)
