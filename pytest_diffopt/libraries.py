@@ -9,7 +9,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
 
@@ -24,6 +24,7 @@ _QUIET_LOGGERS = (
     "transformers",
     "accelerate",
     "bitsandbytes",
+    "huggingface_hub",
     "torchao",
     "torch._dynamo",
     "torch._inductor",
@@ -65,6 +66,12 @@ def quiet_imports() -> Iterator[None]:
         logging.disable(before)
 
 
+def found_in(library: str, name: str) -> Any:
+    """An attribute of a library, or None where the installed one has no such name; diffusers imports it only now."""
+    with quiet_imports():
+        return getattr(importlib.import_module(library), name, None)
+
+
 def import_libraries(recipe: Recipe | None = None) -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
     quantizations = recipe.quantizations if recipe is not None else ()
@@ -95,3 +102,29 @@ def quietly() -> Iterator[list[warnings.WarningMessage]]:
             logging.getLogger(name).setLevel(level)
         for handler in foreign:
             trace.addHandler(handler)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """No progress bars of the libraries while the context is open: a test's output is for verdicts."""
+    with quiet_imports():
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+    with contextlib.ExitStack() as stack:
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+        yield
+
+
+class _NotThatItIsOffline(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("Could not reach the Hub", "Couldn't connect to the Hub"))
+
+
+def silent_about_being_offline() -> None:
+    """Until the process ends, libraries no longer log that the hub cannot be reached: for one that is offline on purpose."""
+    for name in ("huggingface_hub.hf_api", "diffusers.pipelines.pipeline_utils"):
+        logging.getLogger(name).addFilter(_NotThatItIsOffline())

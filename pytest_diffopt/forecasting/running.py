@@ -37,7 +37,7 @@ from pytest_diffopt.forecasting.peaks import (
     with_unknown_sizes,
 )
 from pytest_diffopt.forecasting.record import Estimate, Forecast
-from pytest_diffopt.libraries import LIBRARIES, import_libraries, quietly, versions
+from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -192,12 +192,10 @@ def _full_sizes(
     recipe: Recipe, description: Description, sizes: Sequence[int] | Sequence[Sequence[int]] | None
 ) -> tuple[tuple[int, ...], ...] | None:
     """One size a call, each with as many numbers as the pipeline takes; None for what it makes by itself."""
-    import diffusers
-
     default = description.default_size
     if sizes is None:
         return (default,) if default is not None else None
-    takes = inspect.signature(getattr(diffusers, description.pipeline_class).__call__).parameters
+    takes = inspect.signature(found_in("diffusers", description.pipeline_class).__call__).parameters
     frames = "num_frames" in takes
     wanted = dataclasses.replace(recipe.call, sizes=cast("Any", sizes)).sizes or ()
     found = []

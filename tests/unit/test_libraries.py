@@ -12,7 +12,7 @@ import pytest
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.extras import EXTRAS, needs
-from pytest_diffopt.libraries import quiet_imports, versions
+from pytest_diffopt.libraries import quiet_imports, silent_about_being_offline, versions
 from pytest_diffopt.preparation.quantization import import_backends
 from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
 from pytest_diffopt.recipe import Quantization
@@ -106,3 +106,22 @@ def test_quiet_imports_keep_what_the_user_disabled() -> None:
         assert logging.root.manager.disable == logging.CRITICAL
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_lines_that_the_hub_cannot_be_reached_are_held_back_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    hub = logging.getLogger("huggingface_hub.hf_api")
+    pipelines = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    before = (list(hub.filters), list(pipelines.filters))
+    try:
+        silent_about_being_offline()
+        for logger in (hub, pipelines):
+            logger.addHandler(caplog.handler)
+        hub.warning("Could not reach the Hub (%s). Using cached commit hash for 'a/b'.", "offline")
+        hub.warning("a repository was renamed")
+        pipelines.warning("Couldn't connect to the Hub: offline.\nWill try to load from local cache.")
+        pipelines.warning("an argument is ignored")
+    finally:
+        hub.filters, pipelines.filters = before
+        for logger in (hub, pipelines):
+            logger.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"a repository was renamed", "an argument is ignored"}
