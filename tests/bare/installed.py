@@ -71,9 +71,8 @@ for where, text in json.loads(open(sys.argv[1], encoding="utf-8").read()):
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A module or program of this environment's Python, in a folder where the source tree cannot be imported."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CI", "GITHUB_ACTIONS")}
-    # without the folder on sys.path, as the command `pytest` runs
     return subprocess.run(
-        [sys.executable, "-P", *arguments] if sys.version_info >= (3, 11) else [sys.executable, *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         env={**kept, "COLUMNS": "160"},
         capture_output=True,
@@ -89,7 +88,8 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def outcomes(ran: subprocess.CompletedProcess[str]) -> dict[str, int]:
     """How many tests had each outcome, of pytest's last line."""
-    return {word: int(count) for count, word in re.findall(r"(\d+) (\w+)", ran.stdout.strip().splitlines()[-1])}
+    last = ran.stdout.strip().splitlines()[-1]
+    return {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?|unverified)", last)}
 
 
 def test_the_wheel_is_what_is_imported_and_no_extra_is_installed() -> None:
@@ -171,4 +171,4 @@ def test_a_full_size_model_is_forecast_and_advised_on_with_nothing_else_said(tmp
     assert re.search(r"^flux-nf4 +flux\.1-dev .* fits", ran.stdout, re.MULTILINE)
     ran = run(tmp_path, "-m", "pytest_diffopt", "advise", "--model", "sdxl", "--max-memory", "60GiB")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "60 GiB" in ran.stdout
+    assert "bf16 is the first that surely fits" in ran.stdout
