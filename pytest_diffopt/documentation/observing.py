@@ -44,7 +44,6 @@ CALLS = 3
 """At least so many calls are judged: cold, warm, and one with another prompt. Those that the block does not make, we do."""
 
 _KEPT_LINES = 40
-_KEPT_OUTPUT = 2000
 
 
 @dataclass
