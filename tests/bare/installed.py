@@ -169,6 +169,7 @@ def test_a_full_size_model_is_forecast_and_advised_on_with_nothing_else_said(tmp
     ran = run(tmp_path, "-m", "pytest_diffopt", "forecast", str(budgets), "--recipe", "flux-nf4")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.search(r"^flux-nf4 +flux\.1-dev .* fits", ran.stdout, re.MULTILINE)
-    ran = run(tmp_path, "-m", "pytest_diffopt", "advise", "--model", "sdxl", "--max-memory", "60GiB")
+    command = Path(sys.executable).with_name("diffopt")
+    ran = run(tmp_path, str(command), "advise", "--model", "sdxl", "--max-memory", "60GiB")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "bf16 is the first that surely fits" in ran.stdout
