@@ -72,6 +72,13 @@ def found_in(library: str, name: str) -> Any:
         return getattr(importlib.import_module(library), name, None)
 
 
+def dtype_argument() -> str:
+    """What the installed diffusers calls the dtype that it loads in: ``torch_dtype`` before 0.42, which deprecates that."""
+    from packaging.version import Version
+
+    return "dtype" if Version(metadata.version("diffusers")) >= Version("0.42") else "torch_dtype"
+
+
 def import_libraries(recipe: Recipe | None = None) -> None:
     """Import what a recipe may need before anything is written down: imports change globals too."""
     quantizations = recipe.quantizations if recipe is not None else ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.libraries import no_progress_bars
+from pytest_diffopt.libraries import dtype_argument, no_progress_bars
 from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
 from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
@@ -377,13 +377,13 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
     resolved = resolve(recipe.pipeline, allow_hub=allow_hub)
     kwargs: dict[str, Any] = {}
     if recipe.dtype:
-        kwargs["torch_dtype"] = getattr(torch, recipe.dtype)
+        kwargs[dtype_argument()] = getattr(torch, recipe.dtype)
     if recipe.order[0] == "quantization":
         if (config := quantization.pipeline_config(recipe.quantizations)) is not None:
             kwargs["quantization_config"] = config
         path = str(resolved.path_or_id)
         kwargs |= quantization.components_out_of_files(
-            recipe, path, allow_hub=allow_hub, dtype=kwargs.get("torch_dtype")
+            recipe, path, allow_hub=allow_hub, dtype=kwargs.get(dtype_argument())
         )
     with quantization.quantizers_accept(accelerator):
         pipeline: Any = DiffusionPipeline.from_pretrained(resolved.path_or_id, **kwargs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError, ReplicaError
 from pytest_diffopt.extras import is_installed, needs
+from pytest_diffopt.libraries import dtype_argument
 from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
@@ -127,7 +128,7 @@ def _out_of_a_file(
             config=str(pipeline_path),
             subfolder=name,
             quantization_config=BACKENDS["gguf"].config(quantization, of_diffusers=True),
-            torch_dtype=dtype,
+            **{dtype_argument(): dtype},
         )
         note_types_of_file(component, file)
     return component

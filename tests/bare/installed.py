@@ -28,7 +28,8 @@ PAGE = """
 import torch
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float32)
+pipeline.to("cuda")
 pipeline.unet = torch.compile(pipeline.unet, backend="eager")
 pipeline("a lighthouse in the fog", num_inference_steps=2)
 ```

@@ -12,7 +12,13 @@ import pytest
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.extras import EXTRAS, needs
-from pytest_diffopt.libraries import quiet_imports, silent_about_being_offline, versions
+from pytest_diffopt.libraries import (
+    dtype_argument,
+    import_libraries,
+    quiet_imports,
+    silent_about_being_offline,
+    versions,
+)
 from pytest_diffopt.preparation.quantization import import_backends
 from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
 from pytest_diffopt.recipe import Quantization
@@ -125,3 +131,27 @@ def test_lines_that_the_hub_cannot_be_reached_are_held_back_and_no_others(caplog
         for logger in (hub, pipelines):
             logger.removeHandler(caplog.handler)
     assert set(caplog.messages) == {"a repository was renamed", "an argument is ignored"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [("0.37.0", "torch_dtype"), ("0.41.2", "torch_dtype"), ("0.42.0", "dtype"), ("1.0.0.dev0", "dtype")],
+)
+def test_diffusers_gets_the_dtype_by_the_name_that_it_has_for_it(
+    installed: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    assert dtype_argument() == expected
+
+
+def test_a_pipeline_is_loaded_with_no_deprecated_dtype() -> None:
+    from pytest_diffopt.accelerators import select
+    from pytest_diffopt.preparation.pipeline import prepare
+    from pytest_diffopt.recipe import Recipe
+
+    import_libraries()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepared = prepare(Recipe("r", "tiny-sd", dtype="bfloat16"), select("cpu"))
+    assert str(next(prepared.components["unet"].parameters()).dtype) == "torch.bfloat16"
+    assert [str(one.message) for one in caught if "torch_dtype" in str(one.message)] == []
