@@ -75,6 +75,8 @@ def test_each_extra_is_one_of_the_packages_and_installs_what_needs_it() -> None:
         for requirement in requirements
     }
     assert written == EXTRAS
+    page = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8").split("## Options")[0]
+    assert [extra for extra in EXTRAS.values() if f"[{extra}]" not in page] == []
     required = {requirement.partition(">=")[0] for requirement in project["dependencies"]}
     assert set(DISTRIBUTIONS) <= required | set(EXTRAS)
     assert needs("a-package-of-others") == "needs a-package-of-others, which is not installed"
