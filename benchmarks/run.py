@@ -112,7 +112,7 @@ def load():
     )
     with quantizers_accept(host):
         pipe = DiffusionPipeline.from_pretrained(
-            resolve("tiny-flux").path_or_id, quantization_config=config, torch_dtype=torch.bfloat16
+            resolve("tiny-flux").path_or_id, quantization_config=config, dtype=torch.bfloat16
         )
     use_default_kernels({"transformer": pipe.transformer, "text_encoder_2": pipe.text_encoder_2}, host)
     pipe.set_progress_bar_config(disable=True)

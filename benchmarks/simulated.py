@@ -74,7 +74,7 @@ def pipeline() -> Rows:
     from pytest_diffopt.replicas import ensure
 
     def load(device: str) -> Callable[[], object]:
-        made: Any = DiffusionPipeline.from_pretrained(ensure("tiny-flux"), torch_dtype=torch.float32)
+        made: Any = DiffusionPipeline.from_pretrained(ensure("tiny-flux"), dtype=torch.float32)
         made.set_progress_bar_config(disable=True)
         made.to(device)
         return lambda: made(

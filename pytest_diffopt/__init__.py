@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from pytest_diffopt.forecasting.advice import Advice, advise
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.forecasting.running import forecast
-    from pytest_diffopt.markers import compile_fullgraph, max_recompiles, quantization, recipes, requires_gpu
+    from pytest_diffopt.markers import (
+        compile_fullgraph,
+        max_memory,
+        max_recompiles,
+        quantization,
+        recipes,
+        requires_gpu,
+    )
     from pytest_diffopt.matrix import combinations
     from pytest_diffopt.observation.observation import Observation
     from pytest_diffopt.observation.observing import observe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import types
 import typing
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, ReplicaError
+from pytest_diffopt.extras import is_installed, needs
+from pytest_diffopt.libraries import quiet_imports
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.recipe import DynamoValue, ForecastBudget, Recipe, is_reference
@@ -63,13 +64,9 @@ def _library_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     """Backends whose package is not installed; nothing is imported for the answer."""
     for index, quantization in enumerate(recipe.quantizations):
         package = BACKENDS[quantization.backend].distribution
-        try:
-            if package is not None:
-                importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+        if package is not None and not is_installed(package):
             at: Location = ("quantization", index) if len(recipe.quantizations) > 1 else ("quantization",)
-            found = repr(quantization.backend)
-            yield Mistake((*at, "backend"), found, f"it needs {package}, which is not installed: pip install {package}")
+            yield Mistake((*at, "backend"), repr(quantization.backend), f"it {needs(package)}")
 
 
 def _compilation_at(recipe: Recipe, index: int) -> Location:
@@ -179,7 +176,8 @@ def _backend_mistakes(location: Location, backend: str) -> Iterator[Mistake]:
 
 def _attention_mistakes(attention: str | Mapping[str, str]) -> Iterator[Mistake]:
     """Backends that diffusers knows, and whose package is not there: diffusers' own words say which."""
-    from diffusers.models import attention_dispatch
+    with quiet_imports():
+        from diffusers.models import attention_dispatch
 
     known = {name.value for name in attention_dispatch.AttentionBackendName}
     named = attention if isinstance(attention, Mapping) else {"": attention}

@@ -8,7 +8,6 @@ out, with the reason.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import re
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pytest_diffopt.errors import Problem, RecipeError
+from pytest_diffopt.extras import is_installed, needs
 from pytest_diffopt.part import (
     Location,
     Mistake,
@@ -169,9 +169,8 @@ def matrix_of(
     if mode not in MODES:
         near = did_you_mean(mode, MODES)
         mistakes.append(Mistake(("matrix", "combinations"), shown(mode), f"{near}allowed: 'all' or 'pairwise'"))
-    elif mode == "pairwise" and importlib.util.find_spec("covertable") is None:
-        needs = "it needs covertable, which is not installed: pip install pytest-diffopt[matrix]"
-        mistakes.append(Mistake(("matrix", "combinations"), "'pairwise'", needs))
+    elif mode == "pairwise" and not is_installed("covertable"):
+        mistakes.append(Mistake(("matrix", "combinations"), "'pairwise'", f"it {needs('covertable')}"))
     written = {key: value for key, value in table.items() if key in AXES}
     if not written and not mistakes:
         mistakes.append(Mistake(("matrix",), "no axis", f"at least one of: {', '.join(AXES)}, each a list"))

@@ -19,7 +19,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import strategies as st
+from pytest_diffopt.extras import needs
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"pytest_diffopt.strategies {needs('hypothesis')}") from error
 
 from pytest_diffopt.denoising import ATTENTION_BACKENDS
 from pytest_diffopt.recipe import (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 
 TOML_HEAD = """\
-# Recipes that surely fit, the one that is expected to cost least time first; made by `python -m pytest_diffopt advise`.
+# Recipes that surely fit, the one that is expected to cost least time first; made by `diffopt advise`.
 # pytest runs them on the replica of the model, where there is one, and holds the budgets by forecasts.
 
 """

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PROGRAM = "python -m pytest_diffopt"
+PROGRAM = "diffopt"
+"""The command; ``python -m pytest_diffopt`` is the same."""
 
 HELD, MISSED, WRONG = 0, 1, 2
 """Exit statuses: all was done and holds; something failed or is not sure to hold; the input is wrong."""
@@ -18,7 +19,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``python -m pytest_diffopt``.
+    """A command of ``diffopt``.
 
     Args:
         name: what people type.

@@ -16,12 +16,14 @@ COMMANDS: tuple[Command, ...] = (forecast.COMMAND, advise.COMMAND, calibrate.COM
 _INTERRUPTED = 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
     """Run the command that the arguments name (None: the process's own), and return its exit status.
+
+    ``program`` is what usage lines call it: the words by which it was started.
 
     argparse itself ends the process, with 2, where the arguments cannot be parsed.
     """
-    parser, subparsers = _parsers()
+    parser, subparsers = _parsers(program)
     given = parser.parse_args(arguments)
     command: Command = given.command
     try:
@@ -37,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return MISSED
     except KeyboardInterrupt:
-        print(f"{PROGRAM} {command.name}: interrupted", file=sys.stderr)
+        print(f"{program} {command.name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers(program: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+        prog=program,
         description="What optimization recipes of diffusion pipelines take, told with no GPU and no weights.",
         allow_abbrev=False,
     )

@@ -16,6 +16,7 @@ from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.checks.session import CHECKS, limits_of
 from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.documentation.live_recipe import configured
+from pytest_diffopt.extras import needs
 
 if TYPE_CHECKING:
     from pytest_diffopt.documentation.pages import Block
@@ -209,11 +210,11 @@ def _not_here(
 ) -> str:
     """Why it cannot run on this machine, through no fault of the page's; empty where it could."""
     if "ModuleNotFoundError" in raised.kinds and raised.missing and not installed(raised.missing.partition(".")[0]):
-        return f"needs {raised.missing.partition('.')[0]}, which is not installed"
+        return needs(raised.missing.partition(".")[0])
     match = _MISSING_PACKAGE.search(raised.message)
     package = (match["a"] or match["b"] or match["c"]) if match else ""
     if package and not installed(package):
-        return f"needs {package}, which is not installed"
+        return needs(package)
     if "OSError" in raised.kinds and (match := _PLACEHOLDER.search(raised.message)):
         return f"{match[0]} is a placeholder: nothing is there"
     if any(kind in _NETWORK for kind in raised.kinds):

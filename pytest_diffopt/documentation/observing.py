@@ -25,7 +25,8 @@ from pytest_diffopt.documentation.interception import Interception
 from pytest_diffopt.documentation.order import ENDED, Code, Order
 from pytest_diffopt.documentation.record import BlockRun, Raised
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run, versions
+from pytest_diffopt.libraries import versions
+from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
 from pytest_diffopt.preparation import autoencoder, compilation, quantization, uninitialized_memory
@@ -43,7 +44,6 @@ CALLS = 3
 """At least so many calls are judged: cold, warm, and one with another prompt. Those that the block does not make, we do."""
 
 _KEPT_LINES = 40
-_KEPT_OUTPUT = 2000
 
 
 @dataclass

@@ -330,11 +330,13 @@ class _Running:
 def _import_libraries() -> None:
     """What blocks import, once for all of them."""
     import importlib
-    import logging
     import warnings
 
+    from pytest_diffopt.libraries import quiet_imports, silent_about_being_offline
+
     warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
+    if os.environ.get("HF_HUB_OFFLINE"):  # replicas stand for what blocks name
+        silent_about_being_offline()
     for name in (
         *("numpy", "PIL.Image", "torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codecache"),
         *("transformers", "diffusers", "diffusers.hooks", "diffusers.quantizers", "diffusers.quantizers.auto"),
@@ -342,16 +344,15 @@ def _import_libraries() -> None:
         *("accelerate.hooks", "bitsandbytes", "transformers.models.clip.modeling_clip", "transformers.models.t5"),
         *("transformers.models.t5.modeling_t5", "pytest_diffopt.documentation.observing"),
     ):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), quiet_imports():
             importlib.import_module(name)
-    logging.disable(logging.NOTSET)
     with contextlib.suppress(Exception):
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), quiet_imports():
         from diffusers import StableDiffusionXLPipeline, WanPipeline  # noqa: F401
 
 

@@ -6,6 +6,8 @@ import re
 import shlex
 from importlib import metadata
 
+from pytest_diffopt.extras import needs
+
 _INSTALL = re.compile(r"^[\s$!%>]*(?:(?:sudo|uv|python3?|py)\s+(?:-m\s+)?)?pip3?\s+install\s+(?P<rest>.*)$")
 _WITH_VALUE = {
     *("-i", "--index-url", "--extra-index-url", "-f", "--find-links", "-r", "--requirement", "-c", "--constraint"),
@@ -64,7 +66,7 @@ def _missing(text: str) -> str:
     try:
         installed = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return f"needs {requirement.name}, which is not installed"
+        return needs(requirement.name)
     if not requirement.specifier.contains(installed, prereleases=True):
         return f"needs {requirement.name}{requirement.specifier}; {installed} is installed"
     return ""

@@ -27,6 +27,7 @@ from pytest_diffopt.byte_sizes import human, parse_bytes
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.forecasting.cards import Card
 from pytest_diffopt.forecasting.cards import card as find_card
+from pytest_diffopt.libraries import found_in
 from pytest_diffopt.recipe import Offloading, Quantization, Recipe
 from pytest_diffopt.replicas.catalogue import registry
 from pytest_diffopt.replicas.description import Description, kind
@@ -277,9 +278,7 @@ def _place(rung: Rung) -> tuple[Any, ...]:
 
 def default_steps(pipeline_class: str) -> int:
     """Denoising steps of a call that says nothing, as the pipeline's class has them; else :data:`DEFAULT_STEPS`."""
-    import diffusers
-
-    found: Any = getattr(diffusers, pipeline_class, None)
+    found = found_in("diffusers", pipeline_class)
     if not callable(found):
         return DEFAULT_STEPS
     parameter = inspect.signature(found.__call__).parameters.get("num_inference_steps")

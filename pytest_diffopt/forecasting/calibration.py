@@ -39,7 +39,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,7 +48,7 @@ from pytest_diffopt.errors import DiffoptError, ForecastError
 from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.cards import card as find_card
 from pytest_diffopt.forecasting.generations import GENERATIONS
-from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
+from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
@@ -283,8 +282,7 @@ def measure(
 
     An error that ends the run is part of what is returned: where memory is short is what one wants to know.
     """
-    with quietly():
-        import_libraries()
+    import_libraries()
     gc.collect()
     accelerator.empty_cache()
     spans = _Spans(accelerator, progress or (lambda words: None))
@@ -445,10 +443,7 @@ def versions_of(accelerator: Accelerator) -> dict[str, str]:
     """Of the libraries, and on CUDA of the driver, CUDA and cuDNN, as far as they are told."""
     import torch
 
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    found = {name: version for name, version in versions().items() if name != "python"}
     if accelerator.kind == "cuda":
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]

@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-GEMM_4BIT_MOST_ROWS = 1536
-"""With more rows of activations than that, a 4-bit product dequantizes its weight first, on every GPU."""
 GEMM_4BIT_FEW_ROWS = 4
-"""With as many or fewer it never does. Between them GPUs differ, and the weight is taken to be dequantized, which is
-the most."""
+"""With as many or fewer rows of activations a 4-bit product never dequantizes its weight first, and above 1536 it does on
+every GPU. Between them GPUs differ, and the weight is taken to be dequantized, which is the most."""
 
 
 def native_group_norm(

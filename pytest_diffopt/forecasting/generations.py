@@ -57,12 +57,9 @@ class Generation:
 _SMALL_CUBLAS = 2 * 4096 * 1024 + 8 * 16 * 1024
 _LARGE_CUBLAS = 32 * _MIB
 
-CUBLASLT_WORKSPACE_BYTES = 0
-"""What cuBLASLt holds beside cuBLAS: nothing, as both share one workspace unless
-``TORCH_CUBLASLT_UNIFIED_WORKSPACE=0``. It held 1 MiB of its own before they were united. Sources: the docstring of
-``torch.backends.cuda.blas_workspace_size`` in torch 2.13; pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp. A
-torch after pytorch/pytorch#194311 (August 2026) frees the workspace after each product, unless
-``TORCH_CUBLAS_WORKSPACE_CACHE=1``; 2.13 does not have that yet."""
+# cuBLASLt has no workspace besides: both share one unless TORCH_CUBLASLT_UNIFIED_WORKSPACE=0. Sources: the docstring of
+# torch.backends.cuda.blas_workspace_size in torch 2.13; pytorch/pytorch: aten/src/ATen/cuda/CublasHandlePool.cpp. A torch
+# after pytorch/pytorch#194311 (August 2026) frees the workspace after each product, unless TORCH_CUBLAS_WORKSPACE_CACHE=1.
 
 _GENERATIONS = (
     Generation("turing", (7, 5), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,7 +37,7 @@ from pytest_diffopt.forecasting.peaks import (
     with_unknown_sizes,
 )
 from pytest_diffopt.forecasting.record import Estimate, Forecast
-from pytest_diffopt.observation.observing import LIBRARIES, import_libraries, quietly
+from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -113,13 +112,12 @@ def forecast(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"forecast: found {type(recipe).__name__}; it takes a Recipe")
     begun = time.perf_counter()
+    import_libraries()
     assumptions = assumed(assume)
     on = generation(card(gpu).generation if gpu is not None else DEFAULT_GENERATION)
     description = _described(recipe, model)
     full = _full_size_recipe(recipe, description, sizes, steps, kwargs or {})
     say = progress or (lambda words: None)
-    with quietly():
-        import_libraries()
     formats = _memory_formats(recipe)
     run = _Run(full, description, assumptions, on, say, frozenset(kwargs or {}), modify, formats)
     with borrowed_state(reset_compiler=False), quietly():
@@ -194,12 +192,10 @@ def _full_sizes(
     recipe: Recipe, description: Description, sizes: Sequence[int] | Sequence[Sequence[int]] | None
 ) -> tuple[tuple[int, ...], ...] | None:
     """One size a call, each with as many numbers as the pipeline takes; None for what it makes by itself."""
-    import diffusers
-
     default = description.default_size
     if sizes is None:
         return (default,) if default is not None else None
-    takes = inspect.signature(getattr(diffusers, description.pipeline_class).__call__).parameters
+    takes = inspect.signature(found_in("diffusers", description.pipeline_class).__call__).parameters
     frames = "num_frames" in takes
     wanted = dataclasses.replace(recipe.call, sizes=cast("Any", sizes)).sizes or ()
     found = []
@@ -553,7 +549,7 @@ class _Run:
             wide=wide,
             unknown=unknown,
             generation=self.on.name,
-            libraries=_versions(),
+            libraries=_library_versions(),
             seconds=seconds,
             residency=self.ledger.record,
         )
@@ -564,7 +560,7 @@ class _Run:
         return sum(run[way] * (run[0] // steps) for run in self.last_runs.values())
 
     def _assumed(self, recipe: Recipe, gpu: str | None) -> tuple[str, ...]:
-        libraries = ", ".join(f"{name} {version}" for name, version in _versions().items())
+        libraries = ", ".join(f"{name} {version}" for name, version in _library_versions().items())
         said = [
             f"Libraries as installed: {libraries}.",
             f"Kernels of {self.on.name.capitalize()} GPUs"
@@ -662,9 +658,9 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     """Of the libraries whose code a forecast runs."""
-    return {name: metadata.version(name) for name in LIBRARIES if name != "pytest-diffopt"}
+    return {name: version for name, version in versions().items() if name in LIBRARIES}
 
 
 def _numbers(cost: Callable[..., Estimate]) -> Callable[..., list[int]]:

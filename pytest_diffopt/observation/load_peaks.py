@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.libraries import import_libraries, quietly
 from pytest_diffopt.observation.memory import MemoryWatch
-from pytest_diffopt.observation.observing import import_libraries, quietly
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
 from pytest_diffopt.preparation.pipeline import dynamo_settings, prepare
 
@@ -25,8 +25,7 @@ def load_peaks(
         PreparationError, ReplicaError: the recipe cannot be prepared.
     """
     found = []
-    with quietly():
-        import_libraries(recipe)
+    import_libraries(recipe)
     with borrowed_state(), accelerator.known_to_libraries(), quietly(), dynamo_settings(recipe.dynamo):
         for _ in range(times):
             watch = MemoryWatch(accelerator)

@@ -7,19 +7,15 @@ global is given back. What the watches need is taken from outside the compiled c
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import os
-import platform
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation import private_torch
 from pytest_diffopt.observation.compilation import CompileWatch, short_path
 from pytest_diffopt.observation.dispatching import AttentionWatch, CacheWatch
@@ -51,22 +47,11 @@ from pytest_diffopt.observation.probes import (
 from pytest_diffopt.preparation import attention, caching, compilation, kept_tables, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
-from pytest_diffopt.quantization_backends import BACKENDS, DISTRIBUTIONS
 from pytest_diffopt.quantization_backends.backend import bytes_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", *DISTRIBUTIONS, "pytest-diffopt")
-QUIET_LOGGERS = (
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "torchao",
-    "torch._dynamo",
-    "torch._inductor",
-)
 REPEATS_WHERE_MEMORY_GREW = 4
 """More calls, for the memory alone, of each kind after which more was kept than before."""
 
@@ -109,8 +94,7 @@ def observe(
     if isinstance(accelerator, str):
         accelerator = select(accelerator)
     accelerator = accelerator or select()
-    with quietly():
-        import_libraries(recipe)
+    import_libraries(recipe)
     run = Run(recipe, accelerator, allow_hub, compile_backend, progress)
     run.force_eager = force_eager
     run.timed_calls = timed_calls
@@ -130,48 +114,6 @@ def observe(
             run.in_higher_precision()
     run.notes += dict.fromkeys(f"{w.category.__name__}: {str(w.message).strip()}" for w in caught)
     return run.observation()
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[list[warnings.WarningMessage]]:
-    """Libraries' log lines are held back, and their warnings are written down instead of shown or, by -W, raised."""
-    levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
-    # Whoever collects every log line makes torch render every graph for it; its own trace files stay as they were asked
-    trace = logging.getLogger("torch.__trace")
-    foreign = [handler for handler in trace.handlers if not type(handler).__module__.startswith("torch.")]
-    try:
-        for handler in foreign:
-            trace.removeHandler(handler)
-        for name in QUIET_LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            yield caught
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for handler in foreign:
-            trace.addHandler(handler)
-
-
-_IMPORTED_FIRST = (
-    "torch._inductor.config",
-    "transformers",
-    "diffusers.models.attention_dispatch",
-    "diffusers.pipelines.pipeline_utils",
-    "diffusers.hooks",
-    "accelerate.hooks",
-    "bitsandbytes",
-)
-
-
-def import_libraries(recipe: Recipe | None = None) -> None:
-    """Import what a recipe may need before anything is written down: imports change globals too."""
-    quantizations = recipe.quantizations if recipe is not None else ()
-    own = [name for one in quantizations for name in BACKENDS[one.backend].imports]
-    for name in (*_IMPORTED_FIRST, *own):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
 
 
 class Run:
@@ -682,12 +624,3 @@ def digest(arguments: dict[str, Any]) -> str:
     plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float | bool)}
     found.update(repr(sorted(plain.items())).encode())
     return found.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of python and of the libraries that decide what a recipe does."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.libraries import dtype_argument, no_progress_bars
 from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
 from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
@@ -197,7 +198,7 @@ def prepare(
         ReplicaError: the pipeline's name resolves to nothing.
     """
     quantization.import_backends(recipe.quantizations)
-    with quiet_libraries(), in_order():
+    with no_progress_bars(), in_order():
         prepared = _built(recipe, accelerator, allow_hub=allow_hub)
     for name, module in prepared.components.items():
         prepared.kept_plain[name] = quantization.kept_plain(module, recipe.quantization_for(name))
@@ -376,13 +377,13 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
     resolved = resolve(recipe.pipeline, allow_hub=allow_hub)
     kwargs: dict[str, Any] = {}
     if recipe.dtype:
-        kwargs["torch_dtype"] = getattr(torch, recipe.dtype)
+        kwargs[dtype_argument()] = getattr(torch, recipe.dtype)
     if recipe.order[0] == "quantization":
         if (config := quantization.pipeline_config(recipe.quantizations)) is not None:
             kwargs["quantization_config"] = config
         path = str(resolved.path_or_id)
         kwargs |= quantization.components_out_of_files(
-            recipe, path, allow_hub=allow_hub, dtype=kwargs.get("torch_dtype")
+            recipe, path, allow_hub=allow_hub, dtype=kwargs.get(dtype_argument())
         )
     with quantization.quantizers_accept(accelerator):
         pipeline: Any = DiffusionPipeline.from_pretrained(resolved.path_or_id, **kwargs)
@@ -403,20 +404,6 @@ def _from_files(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) ->
         is_model=False,
         default_size=tuple(family.default_size) if family is not None else None,
     )
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """No progress bars of the libraries while the context is open: a test's output is for verdicts."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with contextlib.ExitStack() as stack:
-        for library in (diffusers_logging, transformers_logging):
-            if library.is_progress_bar_enabled():
-                library.disable_progress_bar()
-                stack.callback(library.enable_progress_bar)
-        yield
 
 
 def _quiet(pipeline: Any) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError, ReplicaError
+from pytest_diffopt.extras import is_installed, needs
+from pytest_diffopt.libraries import dtype_argument
 from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
@@ -37,15 +39,11 @@ def import_backends(quantizations: Iterable[Quantization]) -> None:
             try:
                 importlib.import_module(name)
             except ImportError as error:
+                if backend.distribution is not None and not is_installed(backend.distribution):
+                    raise PreparationError(f"quantization: {backend.name} {needs(backend.distribution)}") from error
                 raise PreparationError(
-                    f"quantization: {backend.name} needs {backend.distribution}, which cannot be imported ({error}); "
-                    f"pip install {backend.distribution}"
+                    f"quantization: {backend.name} needs {backend.distribution}, which cannot be imported: {error}"
                 ) from error
-
-
-def library_kwargs(quantization: Quantization) -> dict[str, Any]:
-    """A recipe's quantization in the library's own terms: dtypes as objects, the flag that names the format set."""
-    return BACKENDS[quantization.backend].library_kwargs(quantization)
 
 
 def pipeline_config(quantizations: Iterable[Quantization]) -> Any:
@@ -63,7 +61,7 @@ def pipeline_config(quantizations: Iterable[Quantization]) -> Any:
         components = loaded[0].components
         return PipelineQuantizationConfig(
             quant_backend=loaded[0].backend,
-            quant_kwargs=library_kwargs(loaded[0]),
+            quant_kwargs=BACKENDS[loaded[0].backend].library_kwargs(loaded[0]),
             components_to_quantize=list(components) if components is not None else None,
         )
 
@@ -130,7 +128,7 @@ def _out_of_a_file(
             config=str(pipeline_path),
             subfolder=name,
             quantization_config=BACKENDS["gguf"].config(quantization, of_diffusers=True),
-            torch_dtype=dtype,
+            **{dtype_argument(): dtype},
         )
         note_types_of_file(component, file)
     return component

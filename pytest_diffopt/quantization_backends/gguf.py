@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from pytest_diffopt.observation.observation import Layer
     from pytest_diffopt.recipe import Quantization
 
-PLAIN_TYPES = ("F32", "F16")
-"""Of tensors that diffusers loads as plain ones: their Linear layers stay what they are."""
-
 
 def _file(value: object) -> object:
     if not isinstance(value, str) or not value.casefold().endswith(".gguf"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.part import refused
@@ -191,11 +191,6 @@ def hook_of(module: Any) -> Any:
     held = vars(module) if hasattr(module, "__dict__") else {}
     registry = held.get("_diffusers_hook")
     return registry.get_hook(HOOK) if registry is not None and "forward" in held else None
-
-
-def hooks_in(module: torch.nn.Module) -> Iterator[Any]:
-    """Every casting hook in a module."""
-    return (hook for inner in module.modules() if (hook := hook_of(inner)) is not None)
 
 
 LAYERWISE_CASTING = _LayerwiseCasting()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.libraries import import_libraries, no_progress_bars, quietly
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.family import ComponentRepository, Family
 from pytest_diffopt.replicas.initialization import reproducible
@@ -127,7 +128,9 @@ def _build(family: Family, hub_id: str, snapshot: Path, save: Callable[[Path], N
     # Built aside and moved in one step: whoever is killed, or comes second, leaves no half of a snapshot.
     aside = workplace(family.name)
     try:
-        save(aside)
+        import_libraries()  # before they are quiet: each sets its own level of logging when it is imported
+        with no_progress_bars(), quietly():
+            save(aside)
         _write_manifest(family, hub_id, aside)
         _move_in(aside, snapshot)
     finally:

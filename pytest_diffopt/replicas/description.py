@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.libraries import found_in
 from pytest_diffopt.replicas import tokenizers
 
 if TYPE_CHECKING:
@@ -168,10 +169,10 @@ def component_class(component: Component) -> Any:
     """
     if component.library not in LIBRARIES:
         raise ReplicaError(f"{component.class_path} is of no known library; allowed: {', '.join(LIBRARIES)}.")
-    library = import_module(component.library)
-    found = getattr(library, component.class_name, None)
+    found = found_in(component.library, component.class_name)
     if not isinstance(found, type):
-        raise ReplicaError(f"The installed {component.library} {library.__version__} has no {component.class_name}.")
+        installed = import_module(component.library).__version__
+        raise ReplicaError(f"The installed {component.library} {installed} has no {component.class_name}.")
     return found
 
 

@@ -37,18 +37,26 @@ def test_recipes_in_the_documentation_are_valid(where: str, text: str) -> None:
 PYTHON = blocks("python")
 
 
+def is_a_program(text: str) -> bool:
+    """Whether a block must run without pytest: torch keeps the device for good."""
+    return "pytest_diffopt.accelerators.simulated" in text
+
+
+def as_test(text: str) -> str:
+    """A block as the text of a test file: as it is where it names one, else in a test."""
+    if re.match(r"# (test_\w+\.py)\n", text):
+        return text
+    return "def test_block():\n" + "".join(f"    {line}\n" for line in text.splitlines())
+
+
 @pytest.mark.parametrize(("where", "text"), PYTHON, ids=[where for where, _ in PYTHON])
 def test_python_in_the_documentation_runs(where: str, text: str, run_pytest: object, pytester: pytest.Pytester) -> None:
-    if "pytest_diffopt.accelerators.simulated" in text:
-        # as a program of its own: torch keeps the device for good, and it is there for programs without pytest
+    if is_a_program(text):
         text += "\nimport sys\nassert 'pytest' not in sys.modules\n"
         ran = pytester.run(sys.executable, "-W", "ignore", pytester.makepyfile(program=text))
         assert ran.ret == 0, ran.stderr.str()
         return
-    name = match[1] if (match := re.match(r"# (test_\w+\.py)\n", text)) else ""
-    if not name:
-        text = "def test_block():\n" + "".join(f"    {line}\n" for line in text.splitlines())
-    pytester.makepyfile(**{(name or "test_block.py").removesuffix(".py"): text})
+    pytester.makepyfile(test_block=as_test(text))
     result = run_pytest("-p", "no:cacheprovider")  # type: ignore[operator]
     outcomes = result.parseoutcomes()
     assert result.ret == 0, result.stdout.str()

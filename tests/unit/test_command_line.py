@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -87,7 +88,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     said = capsys.readouterr()
     assert (status, said.out) == (2, "")
     usage, _, sentence = said.err.partition("error: ")
-    assert usage.startswith("usage: python -m pytest_diffopt")
+    assert usage.startswith("usage: diffopt")
     return sentence.removesuffix("\n")
 
 
@@ -310,7 +311,7 @@ def test_an_interrupt_is_no_traceback(
 
     monkeypatch.setattr(command, "forecast_rows", interrupted)
     assert main(["forecast", str(path), "--recipe", "bf16"]) == 130
-    assert capsys.readouterr().err == "python -m pytest_diffopt forecast: interrupted\n"
+    assert capsys.readouterr().err == "diffopt forecast: interrupted\n"
 
 
 def test_json_on_standard_output_is_alone_there(asked: Asked, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -486,3 +487,18 @@ def test_a_reader_that_has_enough_is_no_traceback() -> None:
     finally:
         os.close(write)
     assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_the_usage_line_has_the_name_by_which_the_command_was_called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.scripts]\ndiffopt = "pytest_diffopt.command_line.main:main"\n' in project
+    monkeypatch.setattr("sys.argv", ["diffopt", "cards", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith("usage: diffopt cards ")
+    monkeypatch.setattr("sys.argv", ["__main__.py", "cards", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("pytest_diffopt", run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: python -m pytest_diffopt cards ")

@@ -264,6 +264,6 @@ def test_a_backend_whose_package_is_not_installed_is_named_with_what_installs_it
         (
             "recipe.quantization[1].backend",
             "'quanto'",
-            "it needs optimum-quanto, which is not installed: pip install optimum-quanto",
+            "it needs optimum-quanto, which is not installed: pip install pytest-diffopt[quanto]",
         )
     ]

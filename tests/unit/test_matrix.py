@@ -357,7 +357,7 @@ def test_pairwise_in_a_file_takes_fewer_of_the_same_recipes() -> None:
 
 
 def test_pairwise_without_its_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("pytest_diffopt.matrix.is_installed", lambda name: False)
     (found,) = mistakes('recipe.m = { pipeline = "p", matrix = { dtype = ["float32"], combinations = "pairwise" } }')
     assert found == (
         "recipe.m.matrix.combinations: found 'pairwise'; "

@@ -35,13 +35,13 @@ LAYERS = (
     ("preparation",),
     ("replicas", "accelerators"),
     ("strategies", "recipe_loading", "matrix"),
-    ("recipe",),
+    ("recipe", "libraries"),
     ("quantization_backends",),
     ("contract", "denoising"),
     ("references",),
     ("part",),
     ("byte_sizes",),
-    ("errors", "user_cache", "whole_files"),
+    ("errors", "extras", "user_cache", "whole_files"),
 )
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}
 HEAVY = ("torch", "numpy", "pydantic", "rich", "diffusers", "transformers", "hypothesis")
@@ -207,6 +207,20 @@ def test_every_public_name_is_there() -> None:
     missing = [name for name in pytest_diffopt.__all__ if not hasattr(pytest_diffopt, name)]
     assert missing == []
     assert set(pytest_diffopt.__all__) == {*pytest_diffopt._HOMES, "__version__"}
+
+
+def test_every_public_name_has_a_type_for_type_checkers_of_the_same_object() -> None:
+    source = (ROOT / "__init__.py").read_text(encoding="utf-8")
+    (block,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    typed = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    assert set(typed) == set(pytest_diffopt._HOMES)
+    for name, module in typed.items():
+        assert getattr(importlib.import_module(module), name) is getattr(pytest_diffopt, name)
 
 
 def test_the_map_of_the_package_names_only_files_that_are_there() -> None:
