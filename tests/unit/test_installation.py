@@ -42,10 +42,13 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("some_factories:zzz", ["'some_factories' has no attribute 'zzz'"]),
         ("some_factories:Nested.zzz", ["'some_factories.Nested' has no attribute 'zzz'"]),
         ("some_factories:number", ["'some_factories.number' is of type int, which is not callable"]),
-        ("broken_factories:make", ["importing 'broken_factories' raised RuntimeError: no network"]),
+        ("broken_factories:make", ["importing 'broken_factories' raised RuntimeError: no network (broken_factories.py:1)"]),
         (
             "needy_factories:make",
-            ["importing 'needy_factories' raised ModuleNotFoundError: No module named 'a_missing_dependency'"],
+            [
+                "importing 'needy_factories' raised ModuleNotFoundError: No module named 'a_missing_dependency' "
+                "(needy_factories.py:1)"
+            ],
         ),
     ],
 )
