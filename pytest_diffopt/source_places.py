@@ -101,7 +101,7 @@ def raw_frames(error: BaseException) -> list[_Raw]:
     for frame, line in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
         name = getattr(code, "co_qualname", code.co_name)
-        found.append((code.co_filename, line, _RESUMED.sub(r"\1", name)))
+        found.append((code.co_filename, line, _RESUMED.sub(r"\1", name.rpartition("<locals>.")[2])))
     return found
 
 

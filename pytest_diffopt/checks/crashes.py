@@ -41,11 +41,10 @@ def of_unfinished(verdict: Verdict, failure: Failure) -> Verdict:
     place = _place(failure)
     cause: dict[str, Any] = {"crash": place} if place else {}
     if verdict.status == "failed":
-        lines = (_sentence(failure), *(f"  {line}" for line in failure.lines))
         return replace(
             verdict,
             figures={**verdict.figures, **cause},
-            evidence=(*verdict.evidence, *lines),
+            evidence=(*verdict.evidence, *described(failure)),
             traceback=failure.traceback,
         )
     how = {"error": failure.error, "phase": failure.phase, "component": failure.component}
@@ -57,6 +56,11 @@ def of_unfinished(verdict: Verdict, failure: Failure) -> Verdict:
         evidence=tuple(failure.lines),
         traceback=failure.traceback,
     )
+
+
+def described(failure: Failure) -> list[str]:
+    """What ended a run, a sentence, and where, a line each."""
+    return [_sentence(failure), *(f"  {line}" for line in failure.lines)]
 
 
 def is_the_crash(figures: Mapping[str, Any]) -> bool:
@@ -71,7 +75,7 @@ def referring(verdict: Verdict, failure: Failure, where: str) -> Verdict:
         where: the node id or the check that has it. What was added to the verdict since stays.
     """
     see = f"the recipe did not run: see {where}"
-    cause = {_sentence(failure), *failure.lines, *(f"  {line}" for line in failure.lines)}
+    cause = {*failure.lines, *described(failure)}
     kept = tuple(line for line in verdict.evidence if line not in cause)
     figures = {name: value for name, value in verdict.figures.items() if name != "crash"} | {REFERS: where}
     if is_the_crash(verdict.figures):
