@@ -13,6 +13,7 @@ import pytest
 from pytest_diffopt.checks import crashes
 from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.collection import baselines, left_out
+from pytest_diffopt.collection.import_paths import make_importable, mistaken_modules
 from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
@@ -238,6 +239,7 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
     from pytest_diffopt.recipe_loading import load_tables
 
     registry_of(node.config)  # a recipe may name a replica that a conftest file registers
+    make_importable(path.parent, node.config)
     hub = node.config.stash[SETTINGS].hub
     found: dict[str, Written] = {}
     problems: list[Problem] = []
@@ -272,6 +274,7 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
                 problems += problems_with_installation(
                     found[recipe.name].recipe, prefix=f"recipe.{recipe.name}", allow_hub=hub
                 )
+            problems += mistaken_modules(found[recipe.name].recipe, path.parent, f"recipe.{recipe.name}")
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
     return found

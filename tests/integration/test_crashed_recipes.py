@@ -48,16 +48,17 @@ def test_reads(observation):
 """
 CAUSE = "the recipe did not run: OSError: no room for the pictures (while running call 0)"
 PLACES = [
-    '  models.py:19, in Pipeline.__call__: return {"images": save(x)}',
-    '  models.py:22, in save: raise OSError("no room for the pictures")',
+    '  recipes/models.py:18, in Pipeline.__call__: return {"images": save(x)}',
+    '  recipes/models.py:21, in save: raise OSError("no room for the pictures")',
 ]
 
 
 @pytest.fixture
 def folder(pytester: pytest.Pytester) -> pytest.Pytester:
-    pytester.makeini("[pytest]\npythonpath = .")
-    pytester.makepyfile(models=MODELS, test_net=TEST)
-    pytester.makefile(".recipes.toml", net=RECIPES)
+    """With everything in a folder of its own, which nothing but the recipe file makes importable."""
+    written = pytester.mkdir("recipes")
+    for name, text in (("models.py", MODELS), ("test_net.py", TEST), ("net.recipes.toml", RECIPES)):
+        (written / name).write_text(text.lstrip(), encoding="utf-8")
     return pytester
 
 
@@ -68,7 +69,7 @@ def test_one_check_alone_fails_with_the_whole_traceback(folder: pytest.Pytester,
     assert result.ret == 1, text
     result.stdout.fnmatch_lines([f"net · engagement: {CAUSE}"])
     result.assert_outcomes(failed=2, deselected=5)
-    traceback = ["Traceback (most recent call last):", '  File "models.py", line 22, in save']
+    traceback = ["Traceback (most recent call last):", '  File "recipes/models.py", line 21, in save']
     # once for the check and once for the test that reads the observation
     assert all(text.count(line) == 2 for line in [CAUSE, *PLACES, *traceback])
     assert list(folder.path.glob("b/**/*.json")) == []
@@ -78,7 +79,7 @@ def test_all_checks_fail_and_refer_to_the_first_wherever_they_run(
     folder: pytest.Pytester, run_pytest: RunPytest
 ) -> None:
     reports = ("r.json", "r.md", "r.html", "r.xml")
-    options = "-n 2 --diffopt-device=cpu --diffopt-strict net.recipes.toml"
+    options = "-n 2 --diffopt-device=cpu --diffopt-strict recipes/net.recipes.toml"
     result = run_pytest(*options.split(), *(f"--diffopt-report={one}" for one in reports))
     text = result.stdout.str()
     result.assert_outcomes(failed=5)
@@ -87,7 +88,7 @@ def test_all_checks_fail_and_refer_to_the_first_wherever_they_run(
     assert "Traceback" not in text
     (recipe,) = json.loads((folder.path / "r.json").read_text(encoding="utf-8"))["recipes"]
     sentences = {verdict["check"]: verdict["sentence"] for verdict in recipe["verdicts"]}
-    see = "the recipe did not run: see net.recipes.toml::net::engagement"
+    see = "the recipe did not run: see recipes/net.recipes.toml::net::engagement"
     assert sentences == {
         "engagement": CAUSE,
         **dict.fromkeys(("graph_breaks", "recompiles", "parity", "state"), see),
