@@ -48,8 +48,8 @@ def test_reads(observation):
 """
 CAUSE = "the recipe did not run: OSError: no room for the pictures (while running call 0)"
 PLACES = [
-    '  recipes/models.py:18, in Pipeline.__call__: return {"images": save(x)}',
-    '  recipes/models.py:21, in save: raise OSError("no room for the pictures")',
+    '  recipes/models.py:19, in Pipeline.__call__: return {"images": save(x)}',
+    '  recipes/models.py:22, in save: raise OSError("no room for the pictures")',
 ]
 
 
@@ -69,7 +69,7 @@ def test_one_check_alone_fails_with_the_whole_traceback(folder: pytest.Pytester,
     assert result.ret == 1, text
     result.stdout.fnmatch_lines([f"net · engagement: {CAUSE}"])
     result.assert_outcomes(failed=2, deselected=5)
-    traceback = ["Traceback (most recent call last):", '  File "recipes/models.py", line 21, in save']
+    traceback = ["Traceback (most recent call last):", '  File "recipes/models.py", line 22, in save']
     # once for the check and once for the test that reads the observation
     assert all(text.count(line) == 2 for line in [CAUSE, *PLACES, *traceback])
     assert list(folder.path.glob("b/**/*.json")) == []
