@@ -83,7 +83,7 @@ def referring(verdict: Verdict, failure: Failure, where: str) -> Verdict:
     return replace(verdict, figures=figures, evidence=(*kept, see), traceback=())
 
 
-def told_once(verdicts: Sequence[Verdict], failure: Failure | None) -> list[Verdict]:
+def with_cause_once(verdicts: Sequence[Verdict], failure: Failure | None) -> list[Verdict]:
     """The verdicts of a recipe: where its run did not end, the first has the cause and the others refer to it."""
     if failure is None or not verdicts:
         return list(verdicts)

@@ -276,7 +276,9 @@ class Session:
         try:
             evidence = self.evidence(recipe)
             judged = [CHECKS[name](evidence) for name in observed]
-            verdicts = [self.isolated(recipe, one) for one in crashes.told_once(judged, evidence.observation.failure)]
+            verdicts = [
+                self.isolated(recipe, one) for one in crashes.with_cause_once(judged, evidence.observation.failure)
+            ]
         except UnverifiableError as error:
             verdicts = [Verdict(name, recipe.name, "unverified", str(error)) for name in observed]
         return verdicts + [self.judge(recipe, name) for name in names if name == forecast.NAME]

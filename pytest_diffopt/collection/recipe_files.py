@@ -113,7 +113,7 @@ class CheckItem(pytest.Item):
         reason = known_fault(self.recipe, verdict, observation)
         unexpected = verdict.status == "failed" and not reason
         verdict = against_known_faults(self.recipe, verdict, observation)
-        verdict = self._told_once(verdict, observation)
+        verdict = self._with_cause_once(verdict, observation)
         if unexpected and self.recipe.isolate and self.name != baselines.NAME:
             verdict = self._isolated(verdict)
         self._write_down(verdict, observation, forecast)
@@ -146,7 +146,7 @@ class CheckItem(pytest.Item):
             except DiffoptError as error:
                 return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
 
-    def _told_once(self, verdict: Verdict, observation: Observation | None) -> Verdict:
+    def _with_cause_once(self, verdict: Verdict, observation: Observation | None) -> Verdict:
         """Where the recipe's run did not end, only its first item has the cause; the others refer to it."""
         if observation is None or observation.failure is None or not verdict.traceback:
             return verdict

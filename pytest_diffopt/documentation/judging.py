@@ -308,7 +308,7 @@ def _checks(recipe: Recipe, run: BlockRun, references: Mapping[Variant, BlockRun
     names = [name for name in checks_for(recipe) if name not in _NOT_OF_A_BLOCK]
     if not run.called:
         names = [name for name in names if name == "quantization"]  # that needs no call
-    found = crashes.told_once([CHECKS[name](given) for name in names], observation.failure)
+    found = crashes.with_cause_once([CHECKS[name](given) for name in names], observation.failure)
     wrong = [
         f"the {variant} run of the block: {_ending(one)}" for variant, one in references.items() if one.ended != "ran"
     ]

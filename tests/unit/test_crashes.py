@@ -133,16 +133,16 @@ def test_what_a_check_found_by_itself_stays_and_the_cause_is_below_it(
     )
 
 
-def test_the_cause_is_told_once_and_what_was_added_stays() -> None:
+def test_the_cause_is_given_once_and_what_was_added_stays() -> None:
     verdicts = [judged("engagement"), replace(judged("parity"), evidence=(*judged("parity").evidence, "added"))]
-    first, second = crashes.told_once(verdicts, FAILURE)
+    first, second = crashes.with_cause_once(verdicts, FAILURE)
     assert first == verdicts[0]
     assert (second.sentence, second.evidence, second.traceback) == (
         "the recipe did not run: see engagement",
         ("added",),
         (),
     )
-    assert crashes.told_once(verdicts, None) == verdicts
+    assert crashes.with_cause_once(verdicts, None) == verdicts
 
 
 def test_it_goes_to_json_and_back_and_what_an_earlier_release_wrote_is_read() -> None:
@@ -183,7 +183,7 @@ def run_with(*verdicts: Verdict) -> Run:
 
 
 def test_every_report_has_the_whole_traceback_once() -> None:
-    run = run_with(*crashes.told_once([judged("engagement"), judged("parity"), judged("state")], FAILURE))
+    run = run_with(*crashes.with_cause_once([judged("engagement"), judged("parity"), judged("state")], FAILURE))
     assert from_json(to_json(run)) == run
     assert run.recipes[0].verdicts[0].traceback == FAILURE.traceback
     assert [place.kind for place in run.recipes[0].places] == ["crash"]
@@ -199,7 +199,7 @@ def test_it_is_annotated_on_the_users_own_line_and_only_there(tmp_path: Path) ->
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.py").touch()
     repository = Repository(tmp_path, tmp_path)
-    run = run_with(*crashes.told_once([judged("engagement"), judged("parity"), judged("state")], FAILURE))
+    run = run_with(*crashes.with_cause_once([judged("engagement"), judged("parity"), judged("state")], FAILURE))
     (only,) = annotations_of(run, repository.found, repository.shown)
     assert (only.file, only.line, only.title) == ("mine/model.py", 7, "r: crash")
     assert only.message == "crash in transformer: ValueError: no such block"
