@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pytest_diffopt.errors import DiffoptError
+
 Whose = Literal["user", "library", "own", ""]
 
 MOST_LINES = 150
@@ -175,7 +177,8 @@ def traceback_lines(error: BaseException) -> tuple[str, ...]:
     trace = error.__traceback__
     while trace is not None and whose(trace.tb_frame.f_code.co_filename) == "own":
         trace = trace.tb_next
-    trace = trace or error.__traceback__
+    if trace is None and not isinstance(error, DiffoptError):  # what we raise on purpose says it all
+        trace = error.__traceback__
     text = "".join(traceback.format_exception(type(error), error, trace))
     lines = with_short_paths(text).splitlines()
     if len(lines) <= MOST_LINES:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pytest_diffopt import Observation, Quantization, Recipe, Verdict
+from pytest_diffopt import Observation, Quantization, Recipe, Verdict, observe
 from pytest_diffopt.checks import crashes
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.checks.session import CHECKS, limits_of
@@ -236,6 +236,16 @@ def test_the_last_frames_are_the_innermost_of_the_user_and_of_the_libraries_in_o
     raw[2:2] = [(json.__file__, 1, "loads"), (module, 2, "_call_impl")]
     assert [frame.function for frame in last_frames(raw)] == ["f2", "loads", "f3", "f4"]
     assert [frame.function for frame in last_frames([(module, 2, "_call_impl")])] == ["_call_impl"]
+
+
+def test_an_error_of_ours_has_its_words_and_none_of_our_frames() -> None:
+    refused = Recipe("r", lambda: 3)
+    failure = observe(refused, accelerator="cpu").failure
+    assert failure is not None
+    assert failure.error == "PreparationError"
+    (line,) = failure.traceback
+    assert line.startswith("pytest_diffopt.errors.PreparationError: pipeline: the factory returned int")
+    assert (failure.place, failure.lines) == ("", [])
 
 
 def test_a_chain_that_is_a_circle_comes_to_an_end() -> None:
