@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def frozen_libraries() -> None:
     """Half a million objects of the libraries, which every collection of garbage would look at: 0.4 s each."""
-    from pytest_diffopt.observation.observing import import_libraries, quietly
+    from pytest_diffopt.libraries import import_libraries, quietly
 
     with quietly():
         import_libraries()

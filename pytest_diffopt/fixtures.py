@@ -82,7 +82,11 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 @pytest.fixture
 def observation(request: pytest.FixtureRequest, recipe: Recipe) -> Observation:
-    """What happened when the test's recipe ran; a recipe runs once, however many tests and checks read of it."""
+    """What happened when the test's recipe ran; a recipe runs once, however many tests and checks read of it.
+
+    Where an exception ended that run, ``observation.failure`` has it, and the report of a test that fails says it.
+    """
+    from pytest_diffopt.checks.crashes import described
     from pytest_diffopt.errors import DiffoptError
 
     try:
@@ -91,6 +95,9 @@ def observation(request: pytest.FixtureRequest, recipe: Recipe) -> Observation:
     except DiffoptError as error:
         text = f"{recipe.name} · observation: {type(error).__name__}: {error}"
         raise pytest.fail.Exception(text, pytrace=False) from None
+    if (failure := observed.failure) is not None:
+        whole = ["", *failure.traceback] if request.config.get_verbosity() >= 2 else []
+        request.node.add_report_section("setup", "diffopt", "\n".join([*described(failure), *whole]))
     request.node.user_properties.append((ROW_PROPERTY, row_of(observed, source=source_of(request.node))))
     return observed
 

@@ -30,6 +30,9 @@ _QUIET_LOGGERS = (
     "torch._inductor",
     "torch.utils._pytree",
 )
+_LOGGERS_OF_WHAT_IS_RAISED = ("torch._subclasses.fake_tensor",)
+"""They log the traceback of each exception that they raise, which is written down where it ends the run."""
+
 _IMPORTED_FIRST = (
     "torch._inductor.config",
     "transformers",
@@ -92,7 +95,7 @@ def import_libraries(recipe: Recipe | None = None) -> None:
 @contextlib.contextmanager
 def quietly() -> Iterator[list[warnings.WarningMessage]]:
     """Libraries' log lines are held back, and their warnings are written down instead of shown or, by -W, raised."""
-    levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
+    levels = {name: logging.getLogger(name).level for name in (*_QUIET_LOGGERS, *_LOGGERS_OF_WHAT_IS_RAISED)}
     # Whoever collects every log line makes torch render every graph for it; its own trace files stay as they were asked
     trace = logging.getLogger("torch.__trace")
     foreign = [handler for handler in trace.handlers if not type(handler).__module__.startswith("torch.")]
@@ -101,6 +104,8 @@ def quietly() -> Iterator[list[warnings.WarningMessage]]:
             trace.removeHandler(handler)
         for name in _QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
+        for name in _LOGGERS_OF_WHAT_IS_RAISED:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             yield caught

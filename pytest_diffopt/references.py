@@ -8,6 +8,7 @@ from typing import Any
 
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.part import did_you_mean
+from pytest_diffopt.source_places import user_frame
 
 
 class UnresolvedReference(DiffoptError):
@@ -27,7 +28,9 @@ def resolve(reference: str) -> Any:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):
             raise UnresolvedReference(f"there is no module {missing!r} on sys.path") from error
-        raise UnresolvedReference(f"importing {module!r} raised {type(error).__name__}: {error}") from error
+        frame = user_frame(error)
+        at = f" ({frame.file}:{frame.line})" if frame is not None else ""
+        raise UnresolvedReference(f"importing {module!r} raised {type(error).__name__}: {error}{at}") from error
     holder = module
     for attribute in attributes.split("."):
         if not hasattr(thing, attribute):

@@ -22,8 +22,6 @@ NAME = "attention"
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    if verdict := given.did_not_run(NAME):
-        return verdict
     asked = given.recipe.attention
     assert asked is not None
     seen = next((o for o in (given.observation, given.reference) if o is not None and o.attention_uses), None)

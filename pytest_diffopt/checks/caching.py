@@ -27,8 +27,6 @@ UNSEEN = {"text_kv_cache"}
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    if verdict := given.did_not_run(NAME):
-        return verdict
     seen = next((o for o in (given.observation, given.reference) if o is not None and o.cache_uses), None)
     problems: list[str] = []
     evidence: list[str] = []

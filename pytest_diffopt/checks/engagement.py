@@ -23,9 +23,6 @@ NAME = "engagement"
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    broke = bool(given.observation.compiles.graph_breaks)
-    if not broke and (verdict := given.did_not_run(NAME)):
-        return verdict
     problems: list[str] = []
     evidence: list[str] = []
     runs = graphs = operations = 0
@@ -93,7 +90,7 @@ def _of_component(given: Evidence, compilation: Compilation) -> tuple[list[str],
         evidence += [f"{name}: {reason}" for reason in reasons]
         if not reasons:
             evidence.append(f"{name}: {_where(regions[0])} ran no graph that was made from it")
-    elif expected is not None and entries < expected and given.observation.failure is None:
+    elif expected is not None and entries < expected:
         problems.append(f"{name} ran {expected} times in the eager reference, but only {entries} calls were compiled")
         evidence.append(f"{name}: the other {expected - entries} go past the compiled call, to the forward itself")
     limits = [f for f in given.observation.compiles.limits if f.component == name]

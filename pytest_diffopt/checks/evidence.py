@@ -72,22 +72,6 @@ class Evidence(Given):
     reference: Observation | None = None
     resident: Observation | None = None
 
-    def did_not_run(self, check: str) -> Verdict | None:
-        """A failed verdict with the cause, where an exception ended the recipe's run; else None."""
-        failure = self.observation.failure
-        if failure is None:
-            return None
-        from pytest_diffopt.checks import checks_for
-
-        first = check == checks_for(self.recipe)[0]  # the whole message once, not with every check
-        return self.failed(
-            check,
-            f"the recipe did not run: {failure} (while {_spoken(failure.phase)})",
-            evidence=[*([failure.place] if failure.place else []), *message_lines(failure.message)] if first else (),
-            error=failure.error,
-            phase=failure.phase,
-        )
-
     @property
     def own_calls(self) -> set[int]:
         """The calls that the recipe asks for; the sensitivity run's inputs are ours."""
@@ -100,10 +84,6 @@ class Evidence(Given):
     @property
     def compiled_components(self) -> tuple[str, ...]:
         return tuple(entry.component for entry in self.recipe.compilation)
-
-
-def _spoken(phase: str) -> str:
-    return phase if phase == "preparing" else f"running {phase}"
 
 
 def message_lines(message: str, most: int = 5) -> list[str]:

@@ -40,7 +40,7 @@ def judge(given: Evidence) -> Verdict:
             **figures,
             places=placed((b.component, b.place, b.reason) for b in counting),
         )
-    if crashes and given.observation.failure is None:
+    if crashes and given.observation.failure is None:  # else it is that which ended the run
         return given.failed(
             NAME,
             f"{counted(len(crashes), 'frame')} fell back to eager: {crashes[0].reason}",
@@ -48,8 +48,6 @@ def judge(given: Evidence) -> Verdict:
             **figures,
             places=placed((f.component, f.place, f.reason) for f in crashes),
         )
-    if verdict := given.did_not_run(NAME):
-        return verdict
     if not compiles.graphs:
         return given.unverified(NAME, "no graph was compiled, so nothing can be said of its breaks", **figures)
     sentence = f"no graph break in {counted(compiles.graphs, 'graph')}"

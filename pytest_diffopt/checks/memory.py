@@ -59,8 +59,6 @@ SHARES_SHOWN = 6
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    if verdict := given.did_not_run(NAME):
-        return verdict
     memory = given.observation.memory
     if memory is None or not memory.calls:
         device = given.observation.accelerator
@@ -105,8 +103,12 @@ def _judge_offloaded(given: Evidence, memory: MemoryRecord, figures: dict[str, A
         problems, evidence = _common_problems(given, memory, figures)  # these need nothing to compare with
         if problems:
             return given.failed(NAME, "; ".join(problems), evidence=evidence, **figures)
-        why = resident.failure if resident is not None and resident.failure is not None else "it was not observed"
-        return given.unverified(NAME, f"there is no run without offloading to compare with: {why}")
+        failure = resident.failure if resident is not None else None
+        return given.unverified(
+            NAME,
+            f"there is no run without offloading to compare with: {failure or 'it was not observed'}",
+            evidence=failure.lines if failure is not None else (),
+        )
     figures |= {
         "reference_call_peak_bytes": call_peak(resident.memory),
         "promised_saving_bytes": promised_saving(given),

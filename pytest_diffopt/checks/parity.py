@@ -96,14 +96,14 @@ class Comparison:
 
 def judge(given: Evidence) -> Verdict:
     """See the module."""
-    if verdict := given.did_not_run(NAME):
-        return verdict
     reference = given.reference
     if reference is None:
         return given.unverified(NAME, "there is no reference to compare with")
     if reference.failure is not None:
         return given.unverified(
-            NAME, f"the eager reference did not run: {reference.failure}", evidence=[f"in {reference.name}"]
+            NAME,
+            f"the eager reference did not run: {reference.failure}",
+            evidence=[f"in {reference.name}", *reference.failure.lines],
         )
     own = given.observation
     dead = _overwritten(own, reference) or _degenerate(own) or _degenerate(reference, " of the eager reference")

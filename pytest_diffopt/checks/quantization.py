@@ -30,8 +30,8 @@ def judge(given: Evidence) -> Verdict:
     layers = given.observation.layers
     if not quantizations:
         return given.unverified(NAME, "the recipe quantizes nothing")
-    if not layers and (verdict := given.did_not_run(NAME)):
-        return verdict
+    if not layers and given.observation.failure is not None:
+        return given.unverified(NAME, "the recipe was never loaded")
     present = {layer.component for layer in layers}
     meant = tuple(name for one in quantizations for name in (one.components or sorted(present)))
     problems: list[str] = []

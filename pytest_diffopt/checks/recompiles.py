@@ -66,8 +66,6 @@ def judge(given: Evidence) -> Verdict:
             **figures,
             places=_placed(over),
         )
-    if verdict := given.did_not_run(NAME):
-        return verdict
     if not compiles.graphs:
         return given.unverified(NAME, "no graph was compiled, so nothing can be said of recompiles", **figures)
     calls = len([c for c in given.observation.calls if c.kind == "call" and c.index >= limits.warmup_calls])

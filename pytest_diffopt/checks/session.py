@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_diffopt.checks import (
     attention,
     caching,
+    crashes,
     engagement,
     forecast,
     graph_breaks,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
 
-CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `ForecastEvidence`
+_OF_A_RUN: dict[str, Callable[[Evidence], Verdict]] = {
     engagement.NAME: engagement.judge,
     graph_breaks.NAME: graph_breaks.judge,
     recompiles.NAME: recompiles.judge,
@@ -46,6 +47,9 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
     memory.NAME: memory.judge,
     parity.NAME: parity.judge,
     state.NAME: state.judge,
+}
+CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `ForecastEvidence`
+    **{name: crashes.guarded(name, judge) for name, judge in _OF_A_RUN.items()},
     forecast.NAME: forecast.judge,
 }
 
@@ -206,6 +210,8 @@ class Session:
     def evidence(self, recipe: Recipe) -> Evidence:
         """Everything that the other checks of a recipe read: its observation, its reference, its limits."""
         observation = self.observe(recipe)
+        if observation.failure is not None:  # there is nothing to compare
+            return Evidence(recipe, observation, limits_of(recipe))
         reference = observation
         if recipe.compilation or recipe.offloading is not None:
             # eager also where the factory compiles by itself; otherwise a wrong compiler would be compared with itself
@@ -228,6 +234,8 @@ class Session:
         ``isolate``; any other verdict as it is. Its status stays. Observes up to `isolation.MOST_RUNS` recipes more."""
         if not recipe.isolate or verdict.status != "failed" or verdict.check in isolation.NOT_SEARCHED:
             return verdict
+        if crashes.is_the_crash(verdict.figures) and crashes.REFERS in verdict.figures:
+            return verdict  # it is searched for the verdict that has the cause
         try:
             causes = self._judged(recipe, recipe, verdict.check).causes
             return isolation.isolated(
@@ -267,7 +275,10 @@ class Session:
         observed = [name for name in names if name != forecast.NAME]
         try:
             evidence = self.evidence(recipe)
-            verdicts = [self.isolated(recipe, CHECKS[name](evidence)) for name in observed]
+            judged = [CHECKS[name](evidence) for name in observed]
+            verdicts = [
+                self.isolated(recipe, one) for one in crashes.with_cause_once(judged, evidence.observation.failure)
+            ]
         except UnverifiableError as error:
             verdicts = [Verdict(name, recipe.name, "unverified", str(error)) for name in observed]
         return verdicts + [self.judge(recipe, name) for name in names if name == forecast.NAME]

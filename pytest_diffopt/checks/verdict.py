@@ -19,6 +19,7 @@ class Verdict:
         sentence: what holds or what broke, in one line.
         figures: the numbers behind it, plain data.
         evidence: lines that say where, and what to try.
+        traceback: of the exception that ended the recipe's run, with the one verdict that has the cause in full.
     """
 
     check: str
@@ -27,6 +28,7 @@ class Verdict:
     sentence: str
     figures: dict[str, Any] = field(default_factory=dict)
     evidence: tuple[str, ...] = ()
+    traceback: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -35,9 +37,10 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "evidence": list(self.evidence)}
+        return {**asdict(self), "evidence": list(self.evidence), "traceback": list(self.traceback)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Verdict:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{**data, "evidence": tuple(data.get("evidence", ()))})
+        lines = {name: tuple(data.get(name, ())) for name in ("evidence", "traceback")}
+        return cls(**{**data, **lines})

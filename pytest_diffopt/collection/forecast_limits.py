@@ -68,4 +68,5 @@ def _judge(item: pytest.Item, marker: MaxMemory, asked: Recipe) -> None:
         lines = [f"{item.name} · {marker.name}: {verdict.sentence}", *(f"  {line}" for line in verdict.evidence)]
         pytest.fail("\n".join(lines), pytrace=False)
     if verdict.status == "unverified":
-        unverified(item, marker.name, verdict.sentence, strict=strict)
+        places = verdict.evidence if forecast is None else ()  # where it stopped
+        unverified(item, marker.name, "\n".join([verdict.sentence, *places]), strict=strict)

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_diffopt.checks import crashes
 from pytest_diffopt.checks.verdict import Verdict
 from pytest_diffopt.collection import baselines, left_out
+from pytest_diffopt.collection.import_paths import make_importable, mistaken_modules
 from pytest_diffopt.collection.known_faults import against_known_faults, known_fault
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import skip
 from pytest_diffopt.collection.workers import take_share
 from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.errors import DiffoptError, Problem, RecipeError, UnverifiableError
+from pytest_diffopt.recipe import DOES_NOT_RUN
 from pytest_diffopt.report.combinations import note_left_out
 from pytest_diffopt.report.gathering import REPORTED
 from pytest_diffopt.report.html import keep_forecast_picture, keep_picture
@@ -35,13 +38,16 @@ if TYPE_CHECKING:
 SUFFIX = ".recipes.toml"
 _TOLD: pytest.StashKey[set[str]] = pytest.StashKey()
 """The recipes of which this process has handed a record on."""
+_CAUSES: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+"""Recipe whose run did not end → the item of it, of this process, that has the cause."""
 
 
 class VerdictFailure(Exception):
-    """Carries a failed verdict from a check to its report."""
+    """Carries a failed verdict from a check to its report; ``whole`` is its text with the traceback that it may have."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.text)
+        self.whole = "\n".join([verdict.text, *([""] if verdict.traceback else []), *verdict.traceback])
 
 
 class RecipeFile(pytest.File):
@@ -107,6 +113,7 @@ class CheckItem(pytest.Item):
         reason = known_fault(self.recipe, verdict, observation)
         unexpected = verdict.status == "failed" and not reason
         verdict = against_known_faults(self.recipe, verdict, observation)
+        verdict = self._with_cause_once(verdict, observation)
         if unexpected and self.recipe.isolate and self.name != baselines.NAME:
             verdict = self._isolated(verdict)
         self._write_down(verdict, observation, forecast)
@@ -126,6 +133,8 @@ class CheckItem(pytest.Item):
                 if self.name == baselines.NAME:
                     verdict, observation, record = baselines.judged(self.config, self.recipe, self.path, self._source)
                     self.user_properties.append((RECORD_PROPERTY, record))
+                    if observation.failure is not None and DOES_NOT_RUN not in self.recipe.known_faults:
+                        verdict = crashes.of_unfinished(verdict, observation.failure)
                     return verdict, observation, None
                 session = session_of(self.config)
                 verdict = session.judge(self.recipe, self.name)
@@ -136,6 +145,15 @@ class CheckItem(pytest.Item):
                 return Verdict(self.name, self.recipe.name, "unverified", str(error)), None, None
             except DiffoptError as error:
                 return Verdict(self.name, self.recipe.name, "failed", *_told(error)), None, None
+
+    def _with_cause_once(self, verdict: Verdict, observation: Observation | None) -> Verdict:
+        """Where the recipe's run did not end, only its first item has the cause; the others refer to it."""
+        if observation is None or observation.failure is None or not verdict.traceback:
+            return verdict
+        causes = self.config.stash.setdefault(_CAUSES, {})
+        own = f"{self._source}::{self.name}"
+        where = causes.setdefault(self._source, own)
+        return verdict if where == own else crashes.referring(verdict, observation.failure, where)
 
     def _isolated(self, verdict: Verdict) -> Verdict:
         """After the verdict was compared with known faults: nothing added here is to be taken for a cause of theirs."""
@@ -171,7 +189,8 @@ class CheckItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, VerdictFailure):
-            return str(excinfo.value)
+            whole = self.config.get_verbosity() >= 2 or self.config.getoption("tbstyle") == "long"
+            return excinfo.value.whole if whole else str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:
@@ -220,6 +239,7 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
     from pytest_diffopt.recipe_loading import load_tables
 
     registry_of(node.config)  # a recipe may name a replica that a conftest file registers
+    make_importable(path.parent, node.config)
     hub = node.config.stash[SETTINGS].hub
     found: dict[str, Written] = {}
     problems: list[Problem] = []
@@ -254,6 +274,7 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
                 problems += problems_with_installation(
                     found[recipe.name].recipe, prefix=f"recipe.{recipe.name}", allow_hub=hub
                 )
+            problems += mistaken_modules(found[recipe.name].recipe, path.parent, f"recipe.{recipe.name}")
     if problems:
         raise RecipeError(problems, _shown_path(path, node.config))
     return found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_diffopt.collection.import_paths import give_back
 from pytest_diffopt.collection.workers import take_share, worker_index
 from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.options import Settings
@@ -88,7 +89,8 @@ def registry_of(config: pytest.Config) -> Registry:
 
 
 def release(config: pytest.Config) -> None:
-    """Let go of all that the session of checks holds, and of the terminal."""
+    """Let go of all that the session of checks holds, of the terminal, and of entries of ``sys.path``."""
+    give_back(config)
     if SESSION in config.stash:
         session = config.stash[SESSION]
         del config.stash[SESSION]

@@ -22,21 +22,22 @@ def unverified(item: pytest.Item, name: str, why: str, *, strict: bool) -> NoRet
     """End a test that could not be judged: skipped in a category of its own, or failed where the run is strict.
 
     Args:
-        name: of the marker or fixture that could not. why: the sentence.
+        name: of the marker or fixture that could not. why: the sentence, and further lines that say where.
     """
     text = f"{item.name} · {name}: unverified: {why}"
     if strict:
         pytest.fail(text, pytrace=False)
+    sentence, *evidence = why.splitlines()
     verdict = {
         "check": name,
         "recipe": item.name,
         "status": "unverified",
-        "sentence": why,
+        "sentence": sentence,
         "figures": {},
-        "evidence": [],
+        "evidence": [line.strip() for line in evidence],
     }
     item.user_properties.append((VERDICT_PROPERTY, verdict))
-    skip(item, f"unverified: {name}: {why}")
+    skip(item, f"unverified: {name}: {sentence}")
 
 
 def place_skip(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from pytest_diffopt.checks import checks_for
+from pytest_diffopt.checks import checks_for, crashes
 from pytest_diffopt.checks.evidence import Evidence
 from pytest_diffopt.checks.session import CHECKS, limits_of
 from pytest_diffopt.checks.verdict import Verdict
@@ -309,7 +309,7 @@ def _checks(recipe: Recipe, run: BlockRun, references: Mapping[Variant, BlockRun
     names = [name for name in checks_for(recipe) if name not in _NOT_OF_A_BLOCK]
     if not run.called:
         names = [name for name in names if name == "quantization"]  # that needs no call
-    found = [CHECKS[name](given) for name in names]
+    found = crashes.with_cause_once([CHECKS[name](given) for name in names], observation.failure)
     wrong = [
         f"the {variant} run of the block: {_ending(one)}" for variant, one in references.items() if one.ended != "ran"
     ]

@@ -34,6 +34,7 @@ from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas import gguf_files, registry
+from pytest_diffopt.source_places import with_short_paths
 
 if TYPE_CHECKING:
     import torch
@@ -565,7 +566,7 @@ def _told(error: BaseException, page: str) -> Raised:
         line=rewriting.line_in(error, page),
         kinds=tuple(kind.__name__ for kind in type(error).__mro__[:-1]),
         missing=missing or "",
-        traceback=tuple(lines[-_KEPT_LINES:]),
+        traceback=tuple(with_short_paths(line) for line in lines[-_KEPT_LINES:]),
     )
 
 

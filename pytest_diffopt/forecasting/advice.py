@@ -140,7 +140,7 @@ class Rung:
     Attributes:
         name: e.g. ``"nf4-model-tiled"``. words: what it does.
         recipe: which can be written as TOML, with the budget that was asked for.
-        forecast: None where it failed; failure: then why, in a sentence.
+        forecast: None where it failed; failure: then why, a sentence; and where, a line each.
         fit: of the budget; None without a budget, and without a forecast.
         cost: None without a forecast.
     """

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import inspect
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from pytest_diffopt.forecasting.peaks import (
 )
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
+from pytest_diffopt.observation.failures import failure_of
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -259,7 +259,6 @@ class _Run:
             str, tuple[int, int, int]
         ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
-        self._raised: tuple[BaseException, str] | None = None
         self._workspace: torch.Tensor | None = None
 
     @property
@@ -295,7 +294,6 @@ class _Run:
                 except Exception as error:
                     raise ForecastError(self._stopped(error)) from error
                 finally:
-                    self._raised = None
                     self.guesses = tuple(guess for guess in dry.guesses if guess not in guessed)
                     self.read = dry.blocks_read
                     self._workspace = None
@@ -393,9 +391,6 @@ class _Run:
 
         def ends(module: torch.nn.Module, _args: Any, _result: Any) -> None:
             component, path = self._names.get(id(module), ("", ""))
-            error = sys.exc_info()[1]
-            if error is not None and (self._raised is None or self._raised[0] is not error):
-                self._raised = (error, component)
             if component and not path and begun:
                 now, before = self.accelerator.transferred_bytes() or {}, begun.pop()
                 runs = self.last_runs.get(component, (0,))[0] + 1
@@ -448,13 +443,10 @@ class _Run:
         return [name for name, one in self.description.components.items() if one.class_name in _T5]
 
     def _stopped(self, error: Exception) -> str:
-        raised, component = self._raised or (None, "")
-        where = f"{self.phase}, in {component}" if component and raised in _causes(error) else self.phase
-        words = str(error).strip().splitlines()
-        return (
-            f"{self.recipe.name} on {self.description.name} stopped in {where}: "
-            f"{type(error).__name__}: {words[0] if words else ''}"
-        )
+        failure = failure_of(error, self.phase, self._names)
+        where = f"{self.phase}, in {failure.component}" if failure.component else self.phase
+        sentence = f"{self.recipe.name} on {self.description.name} stopped in {where}: {failure}"
+        return "\n".join([sentence, *(f"  {line}" for line in failure.lines)])
 
     # what is borrowed
 
@@ -647,15 +639,6 @@ def _records_graphs(compilation: Compilation) -> bool:
         or compilation.backend == "cudagraphs"
         or bool(options.get("triton.cudagraphs"))
     )
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """An exception, and those that it was raised for."""
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _library_versions() -> dict[str, str]:

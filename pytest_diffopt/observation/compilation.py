@@ -7,13 +7,10 @@ not, why. It reads only the events of :mod:`pytest_diffopt.observation.private_t
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -26,19 +23,7 @@ from pytest_diffopt.observation.observation import (
     Place,
     RegionRuns,
 )
-
-
-@functools.lru_cache(maxsize=4096)
-def short_path(filename: str) -> str:
-    """A path as it reads on every machine: relative to the import path or folder that holds it, e.g. ``diffusers/…``."""
-    if filename.startswith("<"):
-        return filename
-    path = Path(filename)
-    roots = [Path(entry) for entry in sys.path if entry] + [Path.cwd()]
-    within = [root for root in roots if path.is_relative_to(root)]
-    if not within:
-        return filename
-    return path.relative_to(max(within, key=lambda root: len(root.parts))).as_posix()
+from pytest_diffopt.source_places import short_path
 
 
 def place_of(code: CodeType) -> Place:

@@ -13,11 +13,16 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_diffopt.source_places import CodeFrame
+
 if TYPE_CHECKING:
     import numpy as np
     from pydantic import TypeAdapter
 
 SCHEMA_VERSION = 1
+
+_MESSAGE_LINES = 5
+"""Of an exception's message, beyond its first line."""
 
 DISABLED = "nothing compiles:"
 """Begins a note that says what keeps Dynamo from compiling anything."""
@@ -440,17 +445,45 @@ class StateChange:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception that ended the run of a recipe: in which phase, which, its own words, and where in the user's code."""
+    """An exception that ended the run of a recipe.
+
+    Attributes:
+        phase: ``preparing``, ``call 0``, …, ``releasing``.
+        error, message: its class, and its own words.
+        place: ``file:line, in function``, the innermost of the user's own code; empty where none of that ran.
+        traceback: the whole, with short paths.
+        component: that ran when it was raised; empty where none did.
+        raised_at: ``place`` as data; None where that is empty.
+        frames: the last of the user's code and of the libraries', the outermost first.
+        behind: its causes, a line each, with their places.
+    """
 
     phase: str
     error: str
     message: str
     place: str = ""
     traceback: tuple[str, ...] = ()
+    component: str = ""
+    raised_at: CodeFrame | None = None
+    frames: tuple[CodeFrame, ...] = ()
+    behind: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         first = self.message.strip().splitlines()[0] if self.message.strip() else ""
         return f"{self.error}: {first}" if first else self.error
+
+    @property
+    def spoken_phase(self) -> str:
+        """While what it ended: ``preparing``, ``running call 0, in transformer``."""
+        words = self.phase if self.phase in ("preparing", "releasing") else f"running {self.phase}"
+        return f"{words}, in {self.component}" if self.component else words
+
+    @property
+    def lines(self) -> list[str]:
+        """Where it was raised, what is behind it, and what else it says, a line each."""
+        places = [str(frame) for frame in self.frames] or ([self.place] if self.place else [])
+        message = [line.rstrip() for line in self.message.strip().splitlines()[1:] if line.strip()]
+        return [*places, *self.behind, *message[:_MESSAGE_LINES]]
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation import private_torch
-from pytest_diffopt.observation.compilation import CompileWatch, short_path
+from pytest_diffopt.observation.compilation import CompileWatch
 from pytest_diffopt.observation.dispatching import AttentionWatch, CacheWatch
+from pytest_diffopt.observation.failures import failure_of
 from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest
 from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
@@ -147,6 +147,7 @@ class Run:
         self.recorder = OutputRecorder()
         self.failure: Failure | None = None
         self.phase = "preparing"
+        self.names: dict[int, tuple[str, str]] = {}
         self.calls: list[CallRecord] = []
         self.components: list[ComponentRecord] = []
         self.layers: list[Layer] = []
@@ -190,13 +191,33 @@ class Run:
     def _prepare_and_call(self, before: state.Snapshot) -> None:
         self.memory.open()
         try:
-            prepared = prepare(self.recipe, self.accelerator, allow_hub=self.allow_hub, backend=self.backend)
-            try:
+            prepared = prepare(
+                self.recipe,
+                self.accelerator,
+                allow_hub=self.allow_hub,
+                backend=self.backend,
+                on_loaded=self._name_components,
+            )
+            with self._released(prepared):
                 self._run_calls(prepared, before)
-            finally:
-                prepared.release()
         finally:
             self.memory.close()
+
+    def _name_components(self, prepared: Prepared) -> None:
+        """So that an exception can be told by the component in which it was raised."""
+        self.names = prepared.module_names()
+
+    @contextlib.contextmanager
+    def _released(self, prepared: Prepared) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.note_failure(error)  # to release may raise as well, and this came first
+            raise
+        finally:
+            phase, self.phase = self.phase, "releasing"
+            prepared.release()
+            self.phase = phase
 
     def _run_calls(self, prepared: Prepared, before: state.Snapshot) -> None:
         self.is_loaded(prepared)
@@ -225,6 +246,7 @@ class Run:
 
     def is_loaded(self, prepared: Prepared) -> None:
         """Write down what a pipeline is made of, before its first call."""
+        self._name_components(prepared)
         self.memory.loaded(prepared.components)
         self._describe(prepared)
         self.hooks_of_caches = self._hooks_of_caches(prepared)
@@ -449,14 +471,9 @@ class Run:
                     self.layers_after.append(layer)
 
     def note_failure(self, error: BaseException) -> None:
-        lines = traceback.format_exception(type(error), error, error.__traceback__)
-        self.failure = Failure(
-            phase=self.phase,
-            error=type(error).__name__,
-            message=str(error),
-            place=_user_frame(error),
-            traceback=tuple("".join(lines).splitlines()[-40:]),
-        )
+        """Write down what ended the run; what is raised after that is a consequence of it, or no failure of the recipe."""
+        if self.failure is None and not _is_for_others(error):
+            self.failure = failure_of(error, self.phase, self.names)
 
     def _diagnose_breaks(self) -> None:
         """fullgraph stops at the first break: run one call without it, to name every break."""
@@ -465,12 +482,27 @@ class Run:
         try:
             with dynamo_settings(self.recipe.dynamo), watch:
                 prepared = prepare(
-                    self.recipe, self.accelerator, allow_hub=self.allow_hub, backend="eager", fullgraph=False
+                    self.recipe,
+                    self.accelerator,
+                    allow_hub=self.allow_hub,
+                    backend="eager",
+                    fullgraph=False,
+                    on_loaded=self._name_components,
                 )
                 with watch.naming(prepared.module_names()):
                     prepared.run(prepared.arguments(0))
-        except Exception as error:  # the first break stands already; this run only adds to it
+        except BaseException as error:  # the first break stands already; this run only adds to it
+            if _is_for_others(error):
+                raise
             self.notes.append(f"a second run without fullgraph stopped: {type(error).__name__}: {error}")
+            if self.failure is not None and not private_torch.is_graph_break(error):
+                found = failure_of(error, self.phase, self.names)  # the exception that Dynamo saw coming
+                lines = (
+                    f"without fullgraph it raises {found}",
+                    *(f"  {frame}" for frame in found.frames),
+                    *found.behind,
+                )
+                self.failure = replace(self.failure, behind=(*self.failure.behind, *lines))
         if watch.record.graph_breaks:
             self.breaks_of_diagnosis = watch.record
 
@@ -599,15 +631,6 @@ class Run:
 def _is_for_others(error: BaseException) -> bool:
     """Whether an exception is no failure of the recipe: the user's Ctrl-C, or pytest's own skip and exit."""
     return isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("_pytest.")
-
-
-def _user_frame(error: BaseException) -> str:
-    """``file:line, in function`` of the innermost frame that is neither ours nor a library's; empty where there is none."""
-    own = str(Path(__file__).parents[1])
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "site-packages" not in frame.filename and not frame.filename.startswith((own, "<")):
-            return f"{short_path(frame.filename)}:{frame.lineno}, in {frame.name}"
-    return ""
 
 
 def digest(arguments: dict[str, Any]) -> str:

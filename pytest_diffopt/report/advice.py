@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pytest_diffopt.byte_sizes import human
-from pytest_diffopt.report.forecasts import wrapped
+from pytest_diffopt.report.forecasts import failure_lines, wrapped
 from pytest_diffopt.report.tables import GAP, Column, fitting, lines_of, new_table, room, widths
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def advice_lines(advice: Advice, *, width: int, color: bool) -> list[str]:
     lines = [*wrapped(_caption(advice), width), "", *lines_of(table, width=width, color=color)]
     for rung in advice.rungs:
         if rung.failure:
-            lines += ["", *wrapped(f"{rung.name} could not be forecast: {rung.failure}", width)]
+            lines += ["", *failure_lines(rung.name, rung.failure, width)]
     lines += ["", *wrapped(verdict(advice), width)]
     if advice.left_out:
         lines += ["", "left out"]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.checks.crashes import REFERS, is_the_crash
+
 if TYPE_CHECKING:
     from pytest_diffopt.report.run import RecipeRun, Run
 
@@ -20,6 +22,7 @@ MOST = 10
 
 _INSTALLED = ("site-packages", "dist-packages")
 _PLACED = {"graph_breaks": "graph break", "recompiles": "recompile"}
+_KINDS = ("crash", *_PLACED.values())
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def annotations_of(run: Run, found: Callable[[str], str | None], shown: Callable
 
 
 def _of_places(run: Run, found: Callable[[str], str | None], shown: Callable[[str], str]) -> Iterator[Annotation]:
-    for kind in _PLACED.values():
+    for kind in _KINDS:
         outside: list[Annotation] = []
         for recipe in run.recipes:
             for place in recipe.places:
@@ -91,6 +94,8 @@ def _of_verdicts(run: Run, shown: Callable[[str], str], status: str) -> Iterator
     for recipe in run.recipes:
         placed = {place.kind for place in recipe.places if place.failed}
         for verdict in recipe.verdicts:
+            if is_the_crash(verdict.figures) and (REFERS in verdict.figures or "crash" in placed):
+                continue
             if verdict.status == status and _PLACED.get(verdict.check) not in placed:
                 title = f"{recipe.recipe} · {verdict.check} {status}"
                 message = "\n".join([verdict.sentence or status, *verdict.evidence])

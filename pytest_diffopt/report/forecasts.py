@@ -39,7 +39,7 @@ class Row:
     Attributes:
         recipe, model: their names.
         forecasts: name of a card → the forecast with its kernels; :data:`ANY_CARD` → the one for none in particular.
-        failure: why there are none, in a sentence.
+        failure: why there are none, a sentence; then where, a line each.
     """
 
     recipe: str
@@ -209,7 +209,7 @@ def table_lines(rows: Sequence[Row], targets: Sequence[Target], *, width: int, c
     lines = [*wrapped(_caption(rows), width), "", *lines_of(table, width=width, color=color)]
     for row in rows:
         if row.failure:
-            lines += ["", *wrapped(f"{row.title} could not be forecast: {row.failure}", width)]
+            lines += ["", *failure_lines(row.title, row.failure, width)]
     return lines
 
 
@@ -334,6 +334,12 @@ def wrapped(text: str, width: int, indent: str = "", further: str | None = None)
     return textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False, break_long_words=False
     )
+
+
+def failure_lines(name: str, failure: str, width: int) -> list[str]:
+    """Why there is no forecast: the sentence in lines that fit, and each place in the code on a line of its own."""
+    sentence, *places = failure.splitlines()
+    return [*wrapped(f"{name} could not be forecast: {sentence}", width), *places]
 
 
 # what leaves the terminal

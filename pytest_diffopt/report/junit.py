@@ -76,7 +76,7 @@ def _suite(run: Run, recipe: RecipeRun) -> ElementTree.Element:
                 verdict.figures,
             ),
         )
-        text = clean("\n".join([verdict.sentence, *verdict.evidence]))
+        text = clean("\n".join([verdict.sentence, *verdict.evidence, *verdict.traceback]))
         if _kind(verdict.status) == "failures":
             ElementTree.SubElement(case, "failure", message=clean(verdict.sentence)).text = text
         elif _kind(verdict.status) == "skipped":

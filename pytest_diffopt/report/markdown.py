@@ -104,6 +104,8 @@ def _details(recipe: RecipeRun, verdict: VerdictRecord) -> list[str]:
     lines = [f"in {inline(where)}"]
     if verdict.evidence:
         lines += ["", *fenced("\n".join(verdict.evidence))]
+    if verdict.traceback:
+        lines += ["", *fenced("\n".join(verdict.traceback))]
     if verdict.check == "parity" and recipe.parity:
         lines += ["", "| component | required | allowed | floor |", "|---|--:|--:|--:|"]
         lines += [

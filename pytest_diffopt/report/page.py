@@ -263,8 +263,8 @@ def _recipes(run: Run) -> Iterator[str]:
             ]
             yield from _key_of(kinds)
             yield parity_svg(f"Parity of {recipe.recipe} by component", recipe.parity)
-        if recipe.places:
-            yield from _places(recipe.places)
+        if places := [place for place in recipe.places if place.kind != "crash"]:  # that is said in the verdict
+            yield from _places(places)
         for residency, title in (
             (recipe.residency, recipe.recipe),
             (recipe.forecast_residency, f"{recipe.recipe}, forecast of {recipe.figures.forecast_model}"),
@@ -282,6 +282,9 @@ def _on(run: Run, key: Key | None) -> str:
 def _verdict(verdict: VerdictRecord) -> str:
     evidence = "\n".join(verdict.evidence)
     more = f"<pre>{_text(evidence)}</pre>" if evidence else ""
+    if verdict.traceback:
+        whole = _text("\n".join(verdict.traceback))
+        more += f"<details><summary>traceback</summary><pre>{whole}</pre></details>"
     chip = _chip(verdict.status, verdict.status)
     return f"<li>{chip} <strong>{_text(verdict.check)}</strong> {_text(verdict.sentence)}{more}</li>"
 

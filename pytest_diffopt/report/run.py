@@ -87,6 +87,8 @@ class VerdictRecord(_Part):
     """The numbers behind it; each check has its own."""
     evidence: tuple[str, ...] = ()
     """Lines that say where, and what to try."""
+    traceback: tuple[str, ...] = ()
+    """Of the exception that ended the recipe's run, in the one verdict that has the cause in full."""
 
 
 class ComponentParity(_Part):
@@ -105,9 +107,9 @@ class ComponentParity(_Part):
 
 
 class CodePlace(_Part):
-    """A graph break or a recompile, and where in the code."""
+    """A graph break, a recompile, or the crash that ended the recipe's run, and where in the code."""
 
-    kind: Literal["graph break", "recompile"]
+    kind: Literal["graph break", "recompile", "crash"]
     component: str
     """Empty outside of any component."""
     file: str
@@ -115,7 +117,7 @@ class CodePlace(_Part):
     line: int
     function: str = ""
     why: str
-    """The break's reason; the guard that failed."""
+    """The break's reason; the guard that failed; the exception."""
     count: int = 1
     failed: bool = False
     """Whether it is one for which its check fails."""
@@ -311,6 +313,7 @@ def _verdict(item: Carried) -> VerdictRecord:
         sentence=item.sentence,
         figures=held.get("figures", {}),
         evidence=tuple(held.get("evidence", ())),
+        traceback=tuple(held.get("traceback", ())),
     )
 
 
@@ -370,6 +373,11 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
 def _places(verdicts: Sequence[VerdictRecord], record: Mapping[str, Any]) -> tuple[CodePlace, ...]:
     """First those for which a check fails, as it names them; then the others of the record."""
     found = [
+        CodePlace(kind="crash", failed=verdict.status == "failed", **verdict.figures["crash"])
+        for verdict in verdicts
+        if "crash" in verdict.figures
+    ]
+    found += [
         CodePlace(kind=_KINDS[verdict.check], failed=verdict.status == "failed", **place)
         for verdict in verdicts
         if verdict.check in _KINDS

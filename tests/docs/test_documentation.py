@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -163,44 +164,67 @@ def test_steps_of_workflows_are_sound(where: str, text: str) -> None:
     assert all(("run" in step) != ("uses" in step) for step in steps), where
 
 
-MODELS = """
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(64, 64)
-
-    def forward(self, x):
-        return self.layer(x).relu()
-
-def inputs(call):
-    return {"x": torch.ones(2, 64) * (call + 1)}
+SMALL = """
+[recipe.small]
+pipeline = "models:Net"
+compilation = { component = "model", backend = "eager" }
+call = { inputs = "models:inputs" }
 """
+"""In the place of recipes whose pipelines take longer: the commands are what is run here."""
+
+GUIDES = ("docs/first-recipe.md", "docs/gate.md", "docs/reports.md", "docs/machines.md", "docs/forecast.md")
+"""In the order in which they are read."""
+
+_OF_ANOTHER_MACHINE = ("python -m venv", ".venv/bin/pip", "pytest --dist", "while true")
+_DEAR = ("python -m pytest_diffopt forecast",)
+"""Commands that other tests run, with what they say."""
 
 
-def test_the_commands_of_the_guides_run_in_the_order_in_which_they_are_read(
-    run_pytest: object, pytester: pytest.Pytester
+def read_in_order(page: str) -> list[tuple[str, str]]:
+    """("sh" or "ini", text) of a page's blocks, from its first line to its last."""
+    found = [(where, language, text) for language in ("sh", "ini") for where, text in blocks(language)]
+    own = [(int(where.rpartition(":")[2]), language, text) for where, language, text in found if where.startswith(page)]
+    return [(language, text) for _, language, text in sorted(own)]
+
+
+def put_pytest_on_the_path(folder: Path, plugin_arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pytest`` and ``.venv/bin/pytest`` are pytest's own script, which has no folder of ours on its import path."""
+    bin_folder = folder / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name, arguments in (("pytest", ("-p", "no:cacheprovider", *plugin_arguments)), ("python", ())):
+        program = Path(sys.executable).with_name("pytest") if name == "pytest" else sys.executable
+        script = bin_folder / name
+        script.write_text(f'#!/bin/sh\nexec {program} {" ".join(arguments)} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_the_commands_of_the_guides_run_as_they_are_printed_in_the_order_in_which_they_are_read(
+    pytester: pytest.Pytester, plugin_arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a small recipe of one's own in the place of the guide's. The pages' ini block is the configuration."""
-    ((_, ini),) = blocks("ini")
-    pytester.makeini(f"{ini}pythonpath = .")
-    pytester.makepyfile(models=MODELS)
-    pytester.makefile(
-        ".recipes.toml",
-        flux='[recipe.net]\npipeline = "models:Net"\ncompilation = { component = "model", backend = "eager" }\n'
-        'call = { inputs = "models:inputs" }\n',
-    )
-    pages = ("docs/first-recipe.md", "docs/gate.md", "docs/reports.md")
-    lines = [
-        line for page in pages for where, text in blocks("sh") if where.startswith(page) for line in text.splitlines()
-    ]
-    commands = [line.partition("pytest ")[2] for line in lines if line.startswith((".venv/bin/pytest ", "pytest "))]
-    assert len(commands) == 5
-    recording = [command for command in commands if "--diffopt-update-baseline" in command]
-    for command in [*recording[:1], *commands]:  # the folder of the ini file must be there
-        result = run_pytest("-p", "no:cacheprovider", *command.split())  # type: ignore[operator]
-        assert result.ret == 0, f"{command}\n{result.stdout.str()}"
-    for written in ("report.json", "report.md", "report.html", "report.xml", "baselines/flux/net.json"):
+    """The model and its recipe are the guide's own."""
+    put_pytest_on_the_path(pytester.path, plugin_arguments, monkeypatch)
+    ((_, models),) = [one for one in PYTHON if one[0].startswith("docs/first-recipe.md")]
+    (net,) = [text for where, text in blocks("toml") if where.startswith("docs/first-recipe.md") and "models:" in text]
+    (pytester.path / "models.py").write_text(models, encoding="utf-8")
+    pytester.makefile(".recipes.toml", flux=SMALL, net=net)
+    ran = []
+    for page in GUIDES:
+        if page == "docs/machines.md":  # which is about a run, and no gate
+            (pytester.path / "tox.ini").unlink()
+            pytester.makefile(".recipes.toml", gate=SMALL)
+        for language, text in read_in_order(page):
+            if language == "ini":
+                pytester.makeini(text)
+                continue
+            for command in text.splitlines():
+                if command.startswith((*_OF_ANOTHER_MACHINE, *_DEAR)):
+                    continue
+                result = pytester.run("sh", "-c", command)
+                assert result.ret == 0, f"{command}\n{result.stdout.str()}\n{result.stderr.str()}"
+                ran.append(command)
+    assert len(ran) == 9, ran
+    for written in ("report.json", "report.md", "report.html", "report.xml", "baselines/net/net.json"):
         assert (pytester.path / written).is_file()

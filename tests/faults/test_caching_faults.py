@@ -173,7 +173,8 @@ def test_a_cache_of_another_kind_that_a_factory_enabled_fails(session: Session) 
 def test_diffusers_faster_cache_fails_where_the_branches_run_one_by_one(session: Session) -> None:
     """It halves every batch, also where the pipeline calls the transformer with one branch, as Flux and Wan do."""
     found = verdict(session, Caching("transformer", "faster_cache"))
-    assert found.sentence == "the recipe did not run: IndexError: tuple index out of range (while running call 0)"
+    said = "the recipe did not run: IndexError: tuple index out of range (while running call 0, in transformer)"
+    assert found.sentence == said
 
 
 def test_what_only_shows_inside_a_module_is_unverified(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

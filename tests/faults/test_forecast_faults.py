@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -240,11 +241,14 @@ def test_a_value_that_nobody_computed_and_the_host_needs_ends_the_forecast(
     after_the_denoiser(lambda self, x: x if x.mean().item() < 1 else x + x)
     with pytest.raises(DiffoptError) as caught:
         forecast_of(tiny)
-    assert str(caught.value) == (
+    sentence, pipeline, _, own = str(caught.value).splitlines()
+    assert sentence == (
         "r on tiny stopped in the call, in transformer: NotImplementedError: On the dry device the value of a tensor is "
         "needed that nobody computed, and there is no rule for it (when running aten::_local_scalar_dense). "
         "torch.sim.register_dry_kernel gives it one."
     )
+    assert pipeline.startswith("  diffusers/pipelines/flux/pipeline_flux.py:")
+    assert re.fullmatch(r"  \S*test_forecast_faults.py:\d+, in <lambda>: after_the_denoiser\(.*", own)
 
 
 def test_a_value_that_was_computed_may_be_read(tiny: str, healthy: Forecast, after_the_denoiser: Break) -> None:
@@ -450,4 +454,6 @@ def test_what_the_libraries_refuse_is_told_in_their_own_words(tiny: str) -> None
     seen = observe(refused, accelerator="sim", precise=False).failure
     assert seen is not None
     words = f"{seen.error}: {seen.message.splitlines()[0]}"
-    assert wrong(tiny, refused, sizes=(32, 32)) == f"r on tiny stopped in the call, in transformer: {words}"
+    sentence, *places = wrong(tiny, refused, sizes=(32, 32)).splitlines()
+    assert sentence == f"r on tiny stopped in the call, in transformer: {words}"
+    assert places[0].startswith("  bitsandbytes/nn/modules.py:")

@@ -295,7 +295,9 @@ def test_everything_is_as_before_whatever_stops_a_forecast(
                 forecast_tiny(tiny, asked, assume={"t5_wo_float32": True})
             where = "the call, in transformer" if stop is stop_in_a_call else "loading text_encoder_2"
             if error is RuntimeError:
-                assert str(caught.value) == f"r on tiny stopped in {where}: RuntimeError: stopped here"
+                sentence, *places = str(caught.value).splitlines()
+                assert sentence == f"r on tiny stopped in {where}: RuntimeError: stopped here"
+                assert "test_forecast.py:" in places[-1]
         del caught
     after = state(sim)
     assert before == after

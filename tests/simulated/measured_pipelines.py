@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import pytest_diffopt.accelerators.simulated  # noqa: F401
-from pytest_diffopt.observation.observing import import_libraries
+from pytest_diffopt.libraries import import_libraries
 
 sim: Any = torch.sim  # type: ignore[attr-defined]
 

@@ -30,6 +30,9 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
+NEEDY = "ModuleNotFoundError: No module named 'a_missing_dependency'"
+
+
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize(
     ("reference", "expected"),
@@ -42,10 +45,13 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("some_factories:zzz", ["'some_factories' has no attribute 'zzz'"]),
         ("some_factories:Nested.zzz", ["'some_factories.Nested' has no attribute 'zzz'"]),
         ("some_factories:number", ["'some_factories.number' is of type int, which is not callable"]),
-        ("broken_factories:make", ["importing 'broken_factories' raised RuntimeError: no network"]),
+        (
+            "broken_factories:make",
+            ["importing 'broken_factories' raised RuntimeError: no network (broken_factories.py:1)"],
+        ),
         (
             "needy_factories:make",
-            ["importing 'needy_factories' raised ModuleNotFoundError: No module named 'a_missing_dependency'"],
+            [f"importing 'needy_factories' raised {NEEDY} (needy_factories.py:1)"],
         ),
     ],
 )

@@ -23,7 +23,18 @@ _PAGES = "from pytest_diffopt.documentation.processes import serve; serve()"
 
 # Read when a library is imported or loaded: a process with other values needs a server of its own.
 _READ_AT_IMPORT = (
-    *("TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS", "HF_", "HUGGINGFACE", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_"),
+    *(
+        "TORCH",
+        "PYTORCH",
+        "OMP_",
+        "MKL_",
+        "OPENBLAS",
+        "HF_",
+        "HUGGINGFACE",
+        "TRANSFORMERS_",
+        "DIFFUSERS_",
+        "ACCELERATE_",
+    ),
     *("BNB_", "CUDA", "NVIDIA", "TRITON", "TOKENIZERS_", "KMP_", "LD_", "MALLOC_", "PYTHON"),
 )
 _READ_LATER = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -29,6 +30,7 @@ LIBRARIES = (
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.auto_pipeline"),
     *("accelerate", "accelerate.hooks", "bitsandbytes"),
 )
+
 
 def main() -> None:
     place, owner = sys.argv[1], int(sys.argv[2])
@@ -88,17 +90,13 @@ class Server:
             self.selector.unregister(ended)
             self.selector.unregister(connection)
             os.close(ended)
-            try:
+            with contextlib.suppress(OSError):
                 connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-            except OSError:
-                pass
             connection.close()
 
         def abandoned() -> None:  # the launcher was killed
-            try:
+            with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-            except OSError:
-                pass
             reap()
 
         self.selector.register(ended, selectors.EVENT_READ, reap)
