@@ -104,7 +104,8 @@ body { margin: 0; background: #ffffff; }
 
 def page(run: Run) -> str:
     """The whole page, one file."""
-    title = f"Optimization recipes: {'gate passed' if run.gate.passed else 'gate failed'}"
+    said = "gate failed" if not run.gate.passed else "gate passed" if run.gate.strict else "no gate, nothing failed"
+    title = f"Optimization recipes: {said}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -143,7 +144,7 @@ def embedded(run: Run, element: str = "section") -> str:
 
 def _head(run: Run) -> Iterator[str]:
     yield "<h1>Optimization recipes</h1>"
-    status = "passed" if run.gate.passed else "failed"
+    status = "failed" if not run.gate.passed else "passed" if run.gate.strict else "unverified"
     yield f'<p class="gate {status}">{_MARKS[status]} {_text(run.gate.sentence)}</p>'
     counts = {status: run.gate.counts.get(status, 0) for status in _ORDER}
     yield '<ul class="counts" aria-label="Verdicts by status">'
@@ -165,14 +166,19 @@ def _table(run: Run) -> Iterator[str]:
         return
     rows = [recipe.figures.model_dump() for recipe in run.recipes]
     columns = figures_of(rows)
+    yield from (f'<p class="status skipped">{_MARKS["skipped"]} {_text(line)}</p>' for line in run.skipped)
+    if not any(recipe.was_run for recipe in run.recipes):
+        return
     yield '<h2>Recipes</h2><div class="scroll"><table class="recipes">'
     yield "<caption>Each recipe's verdicts and figures; its name leads to its details.</caption>"
     yield '<thead><tr><th scope="col">recipe</th><th scope="col">verdict</th>'
     yield from (f'<th scope="col" class="figure">{_text(column.heading)}</th>' for column in columns)
     yield "</tr></thead><tbody>"
-    for place, (recipe, row) in enumerate(zip(run.recipes, rows, strict=True)):
+    for place, (name, recipe, row) in enumerate(zip(run.names, run.recipes, rows, strict=True)):
+        if not recipe.was_run:
+            continue
         said = verdict_text({verdict.check: verdict.status for verdict in recipe.verdicts})
-        yield f'<tr><th scope="row"><a href="#diffopt-{place}">{_text(_name(run, recipe))}</a></th>'
+        yield f'<tr><th scope="row"><a href="#diffopt-{place}">{_text(name)}</a></th>'
         yield f"<td>{_chip(recipe.status, said)}</td>"
         yield from (_cell(column, row[column.name]) for column in columns)
         yield "</tr>"
@@ -186,13 +192,13 @@ def _cell(column: Figure, value: float | None) -> str:
 def _memory(run: Run) -> Iterator[str]:
     groups = [
         Group(
-            _name(run, recipe),
+            name,
             (
                 Bar("peak of loading", "first", recipe.figures.load_peak_bytes, _recorded(recipe, "load_peak_bytes")),
                 Bar("peak of a call", "second", recipe.figures.peak_bytes, _recorded(recipe, "peak_bytes")),
             ),
         )
-        for recipe in run.recipes
+        for name, recipe in zip(run.names, run.recipes, strict=True)
     ]
     if any(bar.value for group in groups for bar in group.bars):
         yield "<h2>Memory on the accelerator</h2>"
@@ -203,13 +209,13 @@ def _memory(run: Run) -> Iterator[str]:
 def _latency(run: Run) -> Iterator[str]:
     groups = [
         Group(
-            _name(run, recipe),
+            name,
             (
                 Bar("first call", "first", recipe.figures.cold_seconds),
                 Bar("warm call", "second", recipe.figures.warm_seconds),
             ),
         )
-        for recipe in run.recipes
+        for name, recipe in zip(run.names, run.recipes, strict=True)
     ]
     if any(bar.value for group in groups for bar in group.bars):
         yield "<h2>Latency</h2>"
@@ -240,11 +246,11 @@ def _recorded(recipe: RecipeRun, name: str) -> float | None:
 def _recipes(run: Run) -> Iterator[str]:
     if run.recipes:
         yield "<h2>Details</h2>"
-    for place, recipe in enumerate(run.recipes):
+    for place, (name, recipe) in enumerate(zip(run.names, run.recipes, strict=True)):
         opened = " open" if recipe.status in ("failed", "unverified") else ""
         said = verdict_text({verdict.check: verdict.status for verdict in recipe.verdicts})
         yield f'<section id="diffopt-{place}" aria-label="{_text(recipe.recipe)}"><details{opened}>'
-        yield f"<summary><strong>{_text(_name(run, recipe))}</strong> {_chip(recipe.status, said)}</summary>"
+        yield f"<summary><strong>{_text(name)}</strong> {_chip(recipe.status, said)}</summary>"
         yield '<div class="inside">'
         where = f"{recipe.file}:{recipe.line}" if recipe.line is not None else recipe.source
         yield f'<p class="quiet">in <code>{_text(where)}</code>{_on(run, recipe.key)}</p>'
@@ -332,11 +338,6 @@ def _plain(value: object, unit: str) -> str:
 
 def _chip(status: str, text: str) -> str:
     return f'<span class="status {status}">{_MARKS[status]} {_text(text)}</span>'
-
-
-def _name(run: Run, recipe: RecipeRun) -> str:
-    """Its name, and where that is another recipe's too, where it stands."""
-    return recipe.recipe if sum(one.recipe == recipe.recipe for one in run.recipes) == 1 else recipe.source
 
 
 def _text(text: str) -> str:

@@ -317,7 +317,13 @@ class TestClass:
     result = run_pytest("-v", "sub/test_it.py", "-W", "error")
     assert result.parseoutcomes() == {"passed": 6}
     result.stdout.fnmatch_lines([f"sub/test_it.py::test_it[[]{name}[]] PASSED*" for name in ("made", "other", "good")])
-    result.stdout.fnmatch_lines(["other *12.3 / 0.50 * 2 passed"])
+    result.stdout.fnmatch_lines(
+        [
+            "names begin with sub/test_it.py::",
+            "test_it[[]other[]] *12.3 / 0.50 * 1 passed",
+            "TestClass::test_observation_alone[[]other[]] *12.3 / 0.50 * 1 passed",
+        ]
+    )
 
 
 def test_a_wrong_recipes_marker_fails_its_test_alone(run_pytest: RunPytest, files: pytest.Pytester) -> None:

@@ -302,3 +302,58 @@ def test_files_of_the_repository_are_found_and_installed_ones_are_not(tmp_path: 
     assert repository.found("lib.py") is None
     assert repository.found("nowhere.py") is None
     assert repository.shown("r.recipes.toml") == "tests/r.recipes.toml"
+
+
+def skipped(name: str) -> Carried:
+    source = f"a/x.recipes.toml::{name}"
+    row = {**row_of(None, source=source, recipe=name), "statuses": {"parity": "skipped"}}
+    return Carried(
+        source, name, "parity", "skipped", "torchao is not installed", (row,), file="a/x.recipes.toml", line=9
+    )
+
+
+def over(recipe: str) -> list[Carried]:
+    """What a test over a recipe carries."""
+    source = f"tests/test_a.py::test_it[{recipe}]"
+    row = {**row_of(None, source=source, recipe=recipe), "peak_bytes": 12 * MIB, "statuses": {"test_it": "passed"}}
+    return [Carried(source, recipe, "test_it", "passed", "", (row,), file="tests/test_a.py", line=3)]
+
+
+def test_recipes_that_were_skipped_are_one_line_and_no_rows_of_dashes() -> None:
+    run = run_with(items("flux"), [skipped("one")], [skipped("two")])
+    line = "2 skipped (torchao is not installed): one, two"
+    assert run.skipped == [line]
+    shown = page(run)
+    assert line in shown
+    assert shown.count('<tr><th scope="row"><a') == 1
+    text = markdown(run)
+    assert line in text
+    assert "torchao" not in text.replace(line, "")
+    assert "| ⚠️ |" not in text
+    assert "Recipes</h2>" not in page(run_with([skipped("one")]))
+
+
+def test_a_test_over_a_recipe_is_called_by_its_node_id_in_tables_and_charts() -> None:
+    run = run_with(items("flux"), over("flux"))
+    assert run.names == ["flux", "tests/test_a.py::test_it[flux]"]
+    shown = page(run)
+    assert ">tests/test_a.py::test_it[flux]</a></th>" in shown
+    assert "tests/test_a.py::test_it[flux], peak of a call: 12.00 MiB" in shown
+    assert ">flux</a></th>" in shown
+    assert "| tests/test\\_a.py::test\\_it\\[flux\\] |" in markdown(run)
+
+
+@pytest.mark.parametrize(
+    ("passed", "strict", "title", "kind", "mark"),
+    [
+        (True, True, "gate passed", "passed", "✅"),
+        (True, False, "no gate, nothing failed", "unverified", "⚠️"),
+        (False, False, "gate failed", "failed", "❌"),
+    ],
+)
+def test_a_report_says_gate_passed_only_of_a_gate(passed: bool, strict: bool, title: str, kind: str, mark: str) -> None:
+    gate = GateRecord(passed=passed, strict=strict, sentence="as it is")
+    run = RUN.model_copy(update={"gate": gate})
+    assert f"<title>Optimization recipes: {title}</title>" in page(run)
+    assert f'<p class="gate {kind}">' in page(run)
+    assert f"{mark} **as it is**" in markdown(run)
