@@ -92,4 +92,4 @@ def _why(report: pytest.TestReport) -> str:
     # not report.longreprtext: under pytest-xdist that begins with a line about the worker
     text = crash.message if crash is not None else report.longrepr or ""
     lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[0].strip() if lines else ""
+    return lines[0].strip().removeprefix("Failed: ") if lines else ""  # as pytest.fail() has it

@@ -41,6 +41,15 @@ def recipe_of(nodeid: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
+class KnownRecipes(dict[str, dict[str, str]]):
+    """Node id → what :data:`RECIPE_PROPERTY` says of it, in a process that collects nothing itself: of a check its node id
+    says enough, a test over a recipe is here once a worker of pytest-xdist has told of it."""
+
+    def of(self, nodeid: str) -> dict[str, str] | None:
+        """What is known of an item's recipe; None for a test without one."""
+        return self.get(nodeid) or recipe_of(nodeid)
+
+
 def about_of(item: pytest.Item) -> dict[str, str] | None:
     """What an item carries as :data:`RECIPE_PROPERTY`; None for a test without a recipe."""
     return next(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -276,6 +277,8 @@ def test_a_sentence_of_another_process_begins_with_what_happened() -> None:
     carried = carried_by(failed)
     assert carried is not None
     assert carried.sentence == "flux · observation: PipelineError: no such file"
+    failed.longrepr = SimpleNamespace(reprcrash=SimpleNamespace(message="Failed: it is bad\nmore"))
+    assert (carried_by(failed) or carried).sentence == "it is bad"
     failed.longrepr = None
     assert (carried_by(failed) or carried).sentence == ""
 
