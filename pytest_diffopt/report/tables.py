@@ -44,10 +44,15 @@ def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     return first[:same], [name[same:] for name in names]
 
 
+def pieces(name: str) -> list[str]:
+    """The words of a name, each with what parts it from the next: a line may end between them."""
+    return _PIECE.findall(name)
+
+
 def folded(name: str, width: int) -> str:
     """A name in lines of at most ``width`` columns, broken between words; a word that has no room in a line is broken."""
     lines = [""]
-    for piece in _PIECE.findall(name):
+    for piece in pieces(name):
         if lines[-1] and len(lines[-1]) + len(piece) > width:
             lines.append("")
         lines[-1] += piece
@@ -56,7 +61,7 @@ def folded(name: str, width: int) -> str:
 
 def longest_piece(names: Iterable[str]) -> int:
     """The columns that names need so that no word of theirs is broken."""
-    return max((len(piece) for name in names for piece in _PIECE.findall(name)), default=0)
+    return max((len(piece) for name in names for piece in pieces(name)), default=0)
 
 
 def fitting(
