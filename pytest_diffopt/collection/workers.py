@@ -183,7 +183,7 @@ def _start_again(distribution: Any, start_again: Callable[[Any], Any], node: Any
 
 def tell_of_recipes(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
     """Say which recipes items are of, where some are tests over a recipe: of the others the node id says it."""
-    channel = getattr(config, "workerinput", {}).get(_WORKER_INPUT)
+    channel: Any = getattr(config, "workerinput", {}).get(_WORKER_INPUT)
     found = (
         {item.nodeid: about for item in items if (about := about_of(item)) is not None} if channel is not None else {}
     )

@@ -174,8 +174,8 @@ def _grid(places: Sequence[tuple[float, str]], height: float) -> list[str]:
 
 
 def _share(of_longest: float) -> str:
-    """A width: something of a bar that is not nought is always seen."""
-    return f"{max(_ROOM * of_longest, 0.2):.2f}%"
+    """A width: at least a pixel of a bar is seen, on a phone too."""
+    return f"{max(_ROOM * of_longest, 0.32):.2f}%"
 
 
 def _text(share: float, y: float, text: str, kind: str, anchor: str = "start", *, dx: int = 0, whole: str = "") -> str:
