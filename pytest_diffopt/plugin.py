@@ -83,8 +83,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     marked_tests.note_recipe(item)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist sends what was collected
 def pytest_collection_finish(session: pytest.Session) -> None:
     left_out.note_selected(session.config, [item.nodeid for item in session.items])
+    workers.tell_of_recipes(session.config, session.items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -104,6 +106,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
+    workers.listen_to_worker(node.config, node)
     baselines.hand_to_worker(node.config, node)
     reports.hand_to_worker(node.config, node)
 

@@ -170,10 +170,11 @@ def _offloading_problems(
         ]
         if stayed:
             names = ", ".join(stayed[-1].staying.get(record.name, ()))
-            stays = human(stayed[-1].residency[record.name])
+            # what stays counts more than parameters do, and in the allocator's blocks: it is no part of their bytes
+            stays = f"{human(stayed[-1].residency[record.name])} stay, with buffers and quantization state"
             problems.append(f"{record.name} has not left the accelerator after {_which(memory, stayed[-1])}")
             evidence.append(
-                f"{record.name}: {stays} of its {human(record.bytes)} stay{f': {names}, …' if names else ''}"
+                f"{record.name}: {stays}; its parameters alone take {human(record.bytes)}{f': {names}, …' if names else ''}"
             )
     for name, whole in _whole_at_once(given, memory):
         problems.append(f"all {human(whole)} of {name} were on the accelerator at once, though its layers come in turn")

@@ -14,7 +14,7 @@ from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip, unverified
 from pytest_diffopt.documentation.requirements import missing
 from pytest_diffopt.report.html import attach_pictures
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, source_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, about_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.collection.watching import WatchMarkers
@@ -84,7 +84,8 @@ def note_recipe(item: pytest.Item) -> None:
     """Let the reports of a test over recipes say which recipe it was, also where it is skipped."""
     recipe: Any = getattr(getattr(item, "callspec", None), "params", {}).get("recipe")
     if hasattr(recipe, "content_hash"):
-        about = {"source": source_of(item), "recipe": recipe.name, "check": getattr(item, "originalname", item.name)}
+        check = getattr(item, "originalname", item.name)
+        about = {"source": item.nodeid, "recipe": recipe.name, "check": check, "content": recipe.content_hash}
         item.user_properties.append((RECIPE_PROPERTY, about))
 
 
@@ -197,13 +198,9 @@ def tidied(item: pytest.Item, report: pytest.TestReport) -> pytest.TestReport:
     """The report of an item: a skip of ours at the item's place, a recipe's pictures, no trace of torch in its log."""
     place_skip(item, report)
     attach_pictures(item, report)
-    if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or _is_about_a_recipe(item)):
+    if report.failed and (WATCH_MARKERS in item.stash or WATCH in item.stash or about_of(item) is not None):
         report.sections = [(title, kept) for title, text in report.sections if (kept := _without_trace(title, text))]
     return report
-
-
-def _is_about_a_recipe(item: pytest.Item) -> bool:
-    return any(name == RECIPE_PROPERTY for name, _ in item.user_properties)
 
 
 def _without_trace(title: str, text: str) -> str:

@@ -102,9 +102,8 @@ class CheckItem(pytest.Item):
         self.line = line
         assert self.parent is not None
         self._source = self.parent.nodeid
-        self.user_properties.append(
-            (RECIPE_PROPERTY, {"source": self._source, "recipe": recipe.name, "check": self.name})
-        )
+        about = {"source": self._source, "recipe": recipe.name, "check": self.name, "content": recipe.content_hash}
+        self.user_properties.append((RECIPE_PROPERTY, about))
 
     def runtest(self) -> None:
         if why := missing(self.recipe.requires):

@@ -1,4 +1,5 @@
-"""Which worker of pytest-xdist runs what: a recipe's checks stay together, so that one observation serves all of them.
+"""Which worker of pytest-xdist runs what: a recipe's checks, and the tests over it, stay together, so that one observation
+serves all of them.
 
 `--dist load`, which `-n` alone means, and `--dist loadgroup` are scheduled here; every other distribution is xdist's own.
 """
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScheduling
 
+from pytest_diffopt.collection.workers import RECIPES
 from pytest_diffopt.report.lost_workers import TRIES
-from pytest_diffopt.report.rows import recipe_of
+from pytest_diffopt.report.rows import KnownRecipes, recipe_of
 
 _AT_LEAST = 2
 """Items that a worker must hold: it runs one only when it knows the next, or that there is none."""
@@ -26,12 +28,18 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
     A worker goes on with the recipe that follows, since neighbours in a file share references, which a worker observes once;
     where that is taken it begins in the middle of the longest stretch that is left.
 
+    Args:
+        recipes: what is known of the recipes of items.
+
     Attributes:
         given_up: node ids of checks that are not tried any more, since their recipe ended several workers.
     """
 
-    def __init__(self, config: pytest.Config, log: Any = None, *, groups: bool = False) -> None:
+    def __init__(
+        self, config: pytest.Config, log: Any = None, *, groups: bool = False, recipes: KnownRecipes | None = None
+    ) -> None:
         super().__init__(config, log)
+        self._recipes = recipes if recipes is not None else KnownRecipes()
         self.given_up: list[str] = []
         self._groups = groups
         self._largest_first = groups and bool(config.getoption("loadscopereorder", True))
@@ -75,7 +83,7 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
         """
         held = self.node2pending[node]
         unit = self._units[held[0]] if held else None
-        if unit is None or recipe_of(self.collection[held[0]]) is None:
+        if unit is None or self._recipes.of(self.collection[held[0]]) is None:
             lost: str | None = super().remove_node(node)
             return lost
         if unit not in self._begun:  # the recipe lost nothing: another worker runs it
@@ -140,10 +148,11 @@ class RecipeScheduling(LoadScheduling):  # type: ignore[misc, unused-ignore]
 
     def _unit_of(self, nodeid: str) -> str | None:
         """What must stay on one worker with this item; None for a test that may go anywhere."""
-        if (recipe := recipe_of(nodeid)) is not None:
-            return recipe["source"]
+        recipe = self._recipes.of(nodeid)
         # xdist writes the group behind an "@"; one inside a parameter's brackets is none
-        return nodeid.rpartition("@")[2] if self._groups and nodeid.rfind("@") > nodeid.rfind("]") else None
+        if self._groups and recipe_of(nodeid) is None and nodeid.rfind("@") > nodeid.rfind("]"):
+            return nodeid.rpartition("@")[2]
+        return (recipe.get("content") or recipe["source"]) if recipe is not None else None
 
 
 def scheduler(config: pytest.Config, log: Any) -> RecipeScheduling | None:
@@ -151,6 +160,6 @@ def scheduler(config: pytest.Config, log: Any) -> RecipeScheduling | None:
     how = config.getoption("dist", "no")
     if how not in ("load", "loadgroup"):
         return None
-    made = RecipeScheduling(config, log, groups=how == "loadgroup")
+    made = RecipeScheduling(config, log, groups=how == "loadgroup", recipes=config.stash[RECIPES])
     config.pluginmanager.register(made, "diffopt-scheduling")
     return made

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from pytest_diffopt.report.lost_workers import LostWorkers
+from pytest_diffopt.report.rows import KnownRecipes, about_of, recipe_of
 
 PLACE_VARIABLE = "DIFFOPT_WORKER_PLACE"
 THREADS = "OMP_NUM_THREADS"
@@ -59,6 +60,9 @@ class Place:
 PLACE = pytest.StashKey[Place]()
 SHARED = pytest.StashKey[bool]()
 """Whether this worker has its share of the host."""
+RECIPES = pytest.StashKey[KnownRecipes]()
+"""In the controller: the recipes of items, as far as workers have told of them."""
+_WORKER_INPUT = "diffopt_recipes"
 
 
 def configure(config: pytest.Config) -> None:
@@ -68,7 +72,8 @@ def configure(config: pytest.Config) -> None:
         permit_rsync(config)
         if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
             limit_restarts(config)
-            config.pluginmanager.register(LostWorkers(config), "diffopt-lost-workers")
+            config.stash[RECIPES] = KnownRecipes()
+            config.pluginmanager.register(LostWorkers(config, config.stash[RECIPES]), "diffopt-lost-workers")
 
 
 def permit_rsync(config: pytest.Config) -> None:
@@ -87,6 +92,14 @@ def limit_restarts(config: pytest.Config) -> None:
         from xdist.workermanage import parse_tx_spec_config
 
         config.option.maxworkerrestart = str(_RESTARTS * len(parse_tx_spec_config(config)))
+
+
+def listen_to_worker(config: pytest.Config, node: Any) -> None:
+    """Give a worker a channel on which it says which recipes its tests are over: xdist sends node ids alone."""
+    if (recipes := config.stash.get(RECIPES, None)) is not None:
+        channel = node.gateway.newchannel()
+        channel.setcallback(recipes.update)
+        node.workerinput[_WORKER_INPUT] = channel
 
 
 def give_places(config: pytest.Config, specs: Sequence[Any]) -> None:
@@ -166,6 +179,16 @@ def _start_again(distribution: Any, start_again: Callable[[Any], Any], node: Any
 
 
 # in a worker
+
+
+def tell_of_recipes(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
+    """Say which recipes items are of, where some are tests over a recipe: of the others the node id says it."""
+    channel: Any = getattr(config, "workerinput", {}).get(_WORKER_INPUT)
+    found = (
+        {item.nodeid: about for item in items if (about := about_of(item)) is not None} if channel is not None else {}
+    )
+    if not all(map(recipe_of, found)):
+        channel.send(found)
 
 
 def take_place(config: pytest.Config) -> None:

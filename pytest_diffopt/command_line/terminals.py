@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from pytest_diffopt.report.tables import LOG_WIDTH
+from pytest_diffopt.report import tables
 
 
 def width_of(stream: TextIO) -> int:
     """Columns: the terminal's, and for what is none as many as a log's table has; ``COLUMNS`` says another number."""
-    alone = LOG_WIDTH if not stream.isatty() else 80
-    return shutil.get_terminal_size((alone, 24)).columns if stream.isatty() or "COLUMNS" in os.environ else alone
+    return tables.width_of(terminal=stream.isatty())
 
 
 def has_color(stream: TextIO) -> bool:

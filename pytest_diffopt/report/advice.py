@@ -112,5 +112,6 @@ def verdict(advice: Advice) -> str:
 def _caption(advice: Advice) -> str:
     first = next((rung.forecast for rung in advice.rungs if rung.forecast is not None), None)
     sizes = ", ".join(dict.fromkeys("×".join(map(str, size)) for size in first.sizes)) if first is not None else ""
-    about = [advice.model, sizes, f"{advice.steps} step{'s' * (advice.steps != 1)}", asked(advice)]
-    return " · ".join(filter(None, ["GiB, forecast without a GPU, the least time first", *about]))
+    wanted = f"to fit {asked(advice)}" if asked(advice) else ""
+    about = [advice.model, sizes, f"{advice.steps} step{'s' * (advice.steps != 1)}", wanted]
+    return " · ".join(filter(None, ["Memory in GiB, forecast without a GPU, the fastest recipe first", *about]))

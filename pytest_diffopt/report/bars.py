@@ -1,6 +1,7 @@
 """Bars for reports: figures side by side, now and as recorded, and the distance that parity found against its tolerance.
 
-SVG without scripts, as wide as the page, whose colours are those of the page that holds it.
+SVG without scripts, whose colours are those of the page that holds it. It has no scale of its own: bars are parts of the
+page's width and text is as large as the page says, so that a phone shows the same picture.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pytest_diffopt.report.pictures import ticks
 if TYPE_CHECKING:
     from pytest_diffopt.report.run import ComponentParity
 
-WIDTH = 960
-_LEFT, _RIGHT, _TOP = 230, 210, 34  # around the bars: names on their left, figures on their right
+_ROOM = 40.0  # per cent of the width that the longest bar takes: a phone has the rest for its figure
+_TOP, _NAME = 34, 20  # above all bars, and above those of a name
 _BAR, _GAP, _BETWEEN = 14, 4, 14
-_NAME_LENGTH = 32
+_NAME_LENGTH = 48
+_MOST_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -70,33 +72,32 @@ def bars_svg(
     known = [(group, [bar for bar in group.bars if bar.value is not None]) for group in groups]
     known = [(group, bars) for group, bars in known if bars]
     top = max(_highest(groups), 1e-9) * 1.02
-    height = _TOP + sum(len(bars) * (_BAR + _GAP) + _BETWEEN for _, bars in known) + 4
+    height = _TOP + sum(_NAME + len(bars) * (_BAR + _GAP) + _BETWEEN for _, bars in known) + 4
     lines = _opened(title, _described(known, shown), height)
-    room = WIDTH - _LEFT - _RIGHT
     lines += _grid([(at * unit / top, tick(at)) for at in ticks(top / unit)], height)
     y = float(_TOP)
     for group, bars in known:
-        middle = y + (len(bars) * (_BAR + _GAP) - _GAP) / 2
-        lines.append(_text(_LEFT - 12, middle + 4, _short(group.name), "name", "end", group.name))
+        lines.append(_text(0, y + _BAR - 3, _short(group.name), "name", whole=group.name))
+        y += _NAME
         for bar in bars:
             assert bar.value is not None
             label = shown(bar.value)
-            if bar.recorded is not None:
-                label += f", recorded {shown(bar.recorded)}"
             said = f"{group.name}, {bar.name}: {label}"
-            width = max(room * bar.value / top, 1)
+            if bar.recorded is not None:
+                label += f", was {shown(bar.recorded)}"
+                said += f", recorded {shown(bar.recorded)}"
             lines += [
                 f"<g><title>{_escaped(said)}</title>",
-                f'<rect class="bar {bar.kind}" x="{_LEFT}" y="{y:.1f}" width="{width:.1f}" height="{_BAR}" rx="2"/>',
+                f'<rect class="bar {bar.kind}" x="0" y="{y:.1f}" width="{_share(bar.value / top)}" height="{_BAR}" rx="2"/>',
             ]
             furthest = bar.value
             if bar.recorded is not None:
                 furthest = max(furthest, bar.recorded)
                 lines.append(
-                    f'<rect class="recorded" x="{_LEFT}" y="{y - 1:.1f}" width="{max(room * bar.recorded / top, 1):.1f}" '
+                    f'<rect class="recorded" x="0" y="{y - 1:.1f}" width="{_share(bar.recorded / top)}" '
                     f'height="{_BAR + 2}" rx="2"/>'
                 )
-            lines.append(f"{_text(_LEFT + room * furthest / top + 8, y + _BAR - 3, label, 'value')}</g>")
+            lines.append(f"{_text(furthest / top, y + _BAR - 3, label, 'value', dx=8)}</g>")
             y += _BAR + _GAP
         y += _BETWEEN
     return "\n".join([*lines, "</svg>"])
@@ -107,32 +108,31 @@ def parity_svg(title: str, parity: Sequence[ComponentParity]) -> str:
     values = [value for one in parity for value in (one.required, one.allowed, one.floor) if 0 < value < math.inf]
     low = math.floor(math.log10(min(values, default=1e-3)) - 0.2)
     high = math.ceil(math.log10(max(values, default=1.0)) + 0.2)
-    room = WIDTH - _LEFT - _RIGHT
 
-    def x(value: float) -> float:
+    def share(value: float) -> float:
         if value <= 0:
-            return _LEFT
+            return 0.0
         place = (math.log10(value) - low) / (high - low) if value < math.inf else 1.0
-        return _LEFT + room * min(max(place, 0.0), 1.0)
+        return min(max(place, 0.0), 1.0)
 
-    height = _TOP + len(parity) * (_BAR + _BETWEEN) + 4
+    height = _TOP + len(parity) * (_NAME + _BAR + _BETWEEN) + 4
     said = "; ".join(
         f"{one.component} is off by {number(one.required)}, {number(one.allowed)} allowed" for one in parity
     )
     lines = _opened(title, f"Distance of each component's worst output from the reference: {said}.", height)
-    step = max(1, (high - low) // 6)
-    lines += _grid([((at - low) / (high - low), f"1e{at}") for at in range(low, high + 1, step)], height)
+    lines += _grid([((at - low) / (high - low), f"1e{at}") for at in range(low, high + 1)], height)
     for place, one in enumerate(parity):
-        y = _TOP + place * (_BAR + _BETWEEN)
+        y = _TOP + place * (_NAME + _BAR + _BETWEEN)
         kind = "over" if one.excess > 1 else "within"
         label = f"{number(one.required)} of {number(one.allowed)} allowed"
-        width = max(x(one.required) - _LEFT, 1)
+        end = f"{_ROOM * share(one.allowed):.2f}%"
+        lines.append(_text(0, y + _BAR - 3, _short(one.component), "name", whole=one.component))
+        y += _NAME
         lines += [
-            _text(_LEFT - 12, y + _BAR - 3, _short(one.component), "name", "end", one.component),
             f"<g><title>{_escaped(f'{one.component}: {label}, floor {number(one.floor)}')}</title>",
-            f'<rect class="bar {kind}" x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2"/>',
-            f'<line class="allowed" x1="{x(one.allowed):.1f}" x2="{x(one.allowed):.1f}" y1="{y - 4}" y2="{y + _BAR + 4}"/>',
-            _text(WIDTH - _RIGHT + 8, y + _BAR - 3, label, "value"),
+            f'<rect class="bar {kind}" x="0" y="{y}" width="{_share(share(one.required))}" height="{_BAR}" rx="2"/>',
+            f'<line class="allowed" x1="{end}" x2="{end}" y1="{y - 4}" y2="{y + _BAR + 4}"/>',
+            _text(1, y + _BAR - 3, label, "value", dx=8),
             "</g>",
         ]
     return "\n".join([*lines, "</svg>"])
@@ -155,29 +155,42 @@ def _described(known: Sequence[tuple[Group, list[Bar]]], shown: Callable[[float]
 
 def _opened(title: str, description: str, height: float) -> list[str]:
     return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="bars" role="img" viewBox="0 0 {WIDTH} {height:.0f}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="bars" role="img" style="height: {height:.0f}px">',
         f"<title>{_escaped(title)}</title>",
         f"<desc>{_escaped(description)}</desc>",
     ]
 
 
 def _grid(places: Sequence[tuple[float, str]], height: float) -> list[str]:
-    """Lines down at shares of the width, each with its label over it."""
+    """Lines down at shares of the longest bar, each with its label over it, of those between the ends where there is room."""
     lines = []
-    for share, label in places:
-        x = _LEFT + (WIDTH - _LEFT - _RIGHT) * share
-        lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 10}" y2="{height:.0f}"/>')
-        lines.append(_text(x, _TOP - 16, label, "tick", "middle"))
+    kept = places[:: math.ceil(len(places) / _MOST_TICKS)]
+    for place, (share, label) in enumerate(kept):
+        x = f"{_ROOM * share:.2f}%"
+        lines.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP - 10}" y2="{height:.0f}"/>')
+        kind = "tick" if place in (0, len(kept) - 1) else "tick between"
+        lines.append(_text(share, _TOP - 16, label, kind, "middle" if place else "start"))
     return lines
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start", whole: str = "") -> str:
+def _share(of_longest: float) -> str:
+    """A width: at least a pixel of a bar is seen, on a phone too."""
+    return f"{max(_ROOM * of_longest, 0.32):.2f}%"
+
+
+def _text(share: float, y: float, text: str, kind: str, anchor: str = "start", *, dx: int = 0, whole: str = "") -> str:
     title = f"<title>{_escaped(whole)}</title>" if whole and whole != text else ""
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_escaped(text)}{title}</text>'
+    place = f'x="{_ROOM * share:.2f}%" y="{y:.1f}"' + (f' dx="{dx}"' if dx else "")
+    return f'<text class="{kind}" {place} text-anchor="{anchor}">{_escaped(text)}{title}</text>'
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 1]}\N{HORIZONTAL ELLIPSIS}"
+    """The end of a long name, from where a word begins: what names begin with they have in common."""
+    if len(text) <= _NAME_LENGTH:
+        return text
+    end = text[len(text) - _NAME_LENGTH + 1 :]
+    start = next((at + 1 for at, character in enumerate(end[:-1]) if not character.isalnum()), 0)
+    return f"\N{HORIZONTAL ELLIPSIS}{end[start:]}"
 
 
 def _escaped(text: str) -> str:

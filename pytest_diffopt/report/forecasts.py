@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.byte_sizes import human
-from pytest_diffopt.report.tables import GAP, Column, fitting, lines_of, new_table, room, widths
+from pytest_diffopt.report.tables import GAP, Column, fitting, folded, lines_of, new_table, room, widths
 
 if TYPE_CHECKING:
     from pytest_diffopt.forecasting.cards import Card
@@ -199,7 +199,7 @@ def table_lines(rows: Sequence[Row], targets: Sequence[Target], *, width: int, c
         figures = title not in _TEXTS and title not in [title for title, _ in fits]
         table.add_column(title, justify="right" if figures else "left", width=wide, overflow="fold")
     for row in rows:
-        cells = [Text(row.recipe)]
+        cells = [Text(folded(row.recipe, given[0]))]
         for _, shown in columns:
             style = "" if shown is not _peak else "bold" if row.shown is not None else "bold red"
             cells.append(Text(shown(row), style=style))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Generator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ from pytest_diffopt.collection import left_out
 from pytest_diffopt.collection.baselines import BASELINES, NAME, OUTSIDE, directory_of
 from pytest_diffopt.errors import BaselineError
 from pytest_diffopt.options import Settings
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, merged
+from pytest_diffopt.report.pages import block_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, RECORD_PROPERTY, distinct_recipes, merged
 
 if TYPE_CHECKING:
     from pytest_diffopt.report.terminal import RecipeReport
 
-PASSED, FAILED = "GATE PASSED", "GATE FAILED"
+PASSED, FAILED, NO_GATE = "GATE PASSED", "GATE FAILED", "NOT A GATE (no --diffopt-strict)"
 _SHOWN = 6
 """Checks that were left out and are named at the end of a run; reports name them all."""
+_GREEN, _YELLOW, _RED = ({"green": True}, {"yellow": True}, {"red": True})
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Outcome:
     """What the gate says.
 
     Attributes:
-        passed: whether the release may pass. sentence: ``GATE PASSED`` or ``GATE FAILED``, with the counts.
+        passed: whether nothing failed; of a strict run, whether the release may pass.
+        sentence: ``GATE PASSED``, ``GATE FAILED``, or that the run is no gate, with the counts.
         problems: a sentence each, of what is no test's failure.
         others_failed: the node ids of failed tests without a recipe, and of files that were not collected.
         left_out: the node ids of checks that were not run, as the user asked.
@@ -42,9 +45,37 @@ class Outcome:
     left_out: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a run gave verdicts on.
+
+    Attributes:
+        statuses: how often each status of a verdict came. recipes: how many recipes had one.
+        blocks: how often each status of a documentation page's block came. pages: how many pages had one.
+    """
+
+    statuses: Mapping[str, int] = field(default_factory=dict)
+    recipes: int = 0
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    pages: int = 0
+
+    def count(self, status: str) -> int:
+        """Verdicts and blocks of a status."""
+        return self.statuses.get(status, 0) + self.blocks.get(status, 0)
+
+    @property
+    def passed(self) -> str:
+        """``"4 verdicts of 2 recipes and 12 blocks of 1 page passed"``."""
+        parts = []
+        if self.recipes:
+            parts.append(f"{counted(self.statuses.get('passed', 0), 'verdict')} of {counted(self.recipes, 'recipe')}")
+        if self.pages:
+            parts.append(f"{counted(self.blocks.get('passed', 0), 'block')} of {counted(self.pages, 'page')}")
+        return f"{' and '.join(parts)} passed" if parts else "no recipe was run"
+
+
 def outcome_of(
-    statuses: Counter[str],
-    recipes: int,
+    judged: Judged,
     *,
     exit_status: int,
     others_failed: int = 0,
@@ -55,30 +86,30 @@ def outcome_of(
     """Judge a run.
 
     Args:
-        statuses: how often each status of a verdict came. recipes: how many had one.
+        judged: what it gave verdicts on.
         exit_status: as pytest would end. others_failed: tests and collections without a recipe that failed.
         strict: whether what was not judged fails the gate. left_out: checks that were not run, as the user asked.
         problems: with the baselines.
     """
-    other = "other test failed" if others_failed == 1 else "other tests failed"
-    failing = {"failed": statuses["failed"], other: others_failed}
-    if strict:
-        failing |= {name: statuses[name] for name in ("unverified", "skipped")} | {"left out": left_out}
-    told = [f"{count} {name}" for name, count in failing.items() if count]
-    told += [f"{len(problems)} problem{'s' if len(problems) > 1 else ''} with baselines"] if problems else []
+    failed = [f"{judged.statuses['failed']} failed"] if judged.statuses.get("failed") else []
+    failed += [f"{counted(judged.blocks['failed'], 'block')} failed"] if judged.blocks.get("failed") else []
+    failed += [f"{counted(others_failed, 'other test')} failed"] if others_failed else []
+    missed = [f"{judged.count(name)} {name}" for name in ("unverified", "skipped") if judged.count(name)]
+    missed += [f"{counted(left_out, 'check')} left out"] if left_out else []
+    wrong = [*failed, *(missed if strict else [])]
+    wrong += [f"{counted(len(problems), 'problem')} with baselines"] if problems else []
     ended = {2: "interrupted", 3: "an internal error", 4: "a wrong command line", 5: "nothing ran"}.get(exit_status)
-    told += [ended] if ended else []
-    passed = f"{statuses['passed']} verdict{'' if statuses['passed'] == 1 else 's'} of {_recipes(recipes)} passed"
-    if told or exit_status:
-        return Outcome(False, f"{FAILED}: {', '.join(told or ['the run failed'])}; {passed}", problems)
-    beside = {"known": "known to fail", "unverified": "unverified", "skipped": "skipped"}
-    rest = [f"{statuses[name]} {words}" for name, words in beside.items() if statuses[name]]
-    rest += [f"{left_out} left out"] if left_out else []
-    return Outcome(True, f"{PASSED}: {', '.join([passed, *rest])}", problems)
+    wrong += [ended] if ended else []
+    if wrong or exit_status:
+        return Outcome(False, f"{FAILED}: {', '.join(wrong or ['the run failed'])}; {judged.passed}", problems)
+    known = judged.count("known") + judged.count("expected")
+    rest = [judged.passed, *([f"{known} known to fail"] if known else []), *missed]
+    return Outcome(True, f"{PASSED if strict else NO_GATE}: {', '.join(rest)}", problems)
 
 
-def _recipes(number: int) -> str:
-    return f"{number} recipe" if number == 1 else f"{number} recipes"
+def counted(number: int, what: str) -> str:
+    """``"1 recipe"``, ``"2 recipes"``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class Gate:
@@ -93,6 +124,7 @@ class Gate:
         self._settings = settings
         self._report = report
         self._others_failed: set[str] = set()
+        self._blocks: dict[str, tuple[str, str]] = {}  # node id of a block → its page, its status
         self._records: dict[str, dict[str, Any]] = {}  # node id of a recipe → its key, its record, its file
         self._recorded: list[str] = []
         self.outcome: Outcome | None = None
@@ -130,13 +162,15 @@ class Gate:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
         yield  # what is said here comes last
-        for line, good in self.lines():
-            terminalreporter.write_line(line, green=good, red=not good, bold=True)
+        for line, color in self.lines():
+            terminalreporter.write_line(line, bold=True, **color)
 
     # what they delegate to
 
     def add(self, report: pytest.TestReport) -> None:
         """Take what a test's report carries for the gate."""
+        if (block := block_of(report)) is not None:
+            self._blocks[report.nodeid] = (block["page"], block["status"])
         carried: dict[str, Any] = dict(report.user_properties) if report.user_properties else {}
         about = carried.get(RECIPE_PROPERTY)
         if about is None or report.when == "teardown":  # no verdict comes with a teardown
@@ -150,11 +184,18 @@ class Gate:
         rows = merged(self._report.rows)
         problems = tuple(self._record(rows) if self._settings.update_baseline else self._strays())
         left = self._config.stash.get(left_out.LEFT_OUT, [])
-        outcome = outcome_of(
+        judged = Judged(
             Counter(status for row in rows for status in row["statuses"].values()),
-            len(rows),
+            distinct_recipes(rows),
+            Counter(status for _, status in self._blocks.values()),
+            len({page for page, _ in self._blocks.values()}),
+        )
+        outcome = outcome_of(
+            judged,
             exit_status=exit_status,
-            others_failed=len(self._others_failed),
+            others_failed=len(
+                self._others_failed - {name for name, (_, how) in self._blocks.items() if how == "failed"}
+            ),
             strict=self._settings.strict,
             left_out=len(left),
             problems=problems,
@@ -167,16 +208,20 @@ class Gate:
             counts = self.outcome.sentence.partition(": ")[2]
             self.outcome = replace(self.outcome, passed=False, sentence=f"{FAILED}: {why}; {counts}")
 
-    def lines(self) -> list[tuple[str, bool]]:
-        """The last lines of a run, and whether each is good news."""
+    def lines(self) -> list[tuple[str, dict[str, bool]]]:
+        """The last lines of a run, each with its colour."""
         if self.outcome is None:
             return []
-        lines = [(f"baseline: {line}", True) for line in self._recorded]
-        lines += [(f"baseline: {line}", False) for line in self.outcome.problems]
-        if self._settings.strict and (left := self.outcome.left_out):
+        lines = [(f"baseline: {line}", _GREEN) for line in self._recorded]
+        lines += [(f"baseline: {line}", _RED) for line in self.outcome.problems]
+        if not self.is_asked_for:
+            return lines
+        strict = self._settings.strict
+        if left := self.outcome.left_out:
             more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-            lines.append((f"left out: {', '.join(left[:_SHOWN])}{more}", False))
-        return [*lines, (self.outcome.sentence, self.outcome.passed)] if self.is_asked_for else lines
+            lines.append((f"left out: {', '.join(left[:_SHOWN])}{more}", _RED if strict else _YELLOW))
+        color = _RED if not self.outcome.passed else _GREEN if strict else _YELLOW
+        return [*lines, (self.outcome.sentence, color)]
 
     def _record(self, rows: list[dict[str, Any]]) -> list[str]:
         """Write what was observed of each recipe that has nothing failed; returns what is wrong."""
@@ -225,4 +270,4 @@ class Gate:
 def _told(done: list[Any], directory: str) -> list[str]:
     counts = Counter(one.how for one in done)
     told = [f"{counts[how]} {how}" for how in ("new", "changed", "moved", "as before") if counts[how]]
-    return [f"{_recipes(len(done))} recorded in {directory}: {', '.join(told)}"] if done else []
+    return [f"{counted(len(done), 'recipe')} recorded in {directory}: {', '.join(told)}"] if done else []

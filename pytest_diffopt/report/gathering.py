@@ -27,7 +27,7 @@ class Carried:
     """One check of one recipe, as plain data.
 
     Attributes:
-        source: where the recipe stands: its node id, or the file of a test. recipe: its name. check: or the test's name.
+        source: where the recipe stands: its node id, or that of a test. recipe: its name. check: or the test's name.
         status: ``failed``, ``unverified``, ``skipped``, ``known`` (a known fault, as expected) or ``passed``.
         sentence: of the verdict; where there is none, why the test did not pass.
         rows: the figures, see :func:`row_of`, each with this check's status.
@@ -75,7 +75,7 @@ def carried_by(report: pytest.TestReport) -> Carried | None:
         check=about["check"],
         status=status,
         sentence=verdict["sentence"] if verdict else _why(report),
-        rows=tuple({**row, "statuses": {about["check"]: status}} for row in rows),
+        rows=tuple({**row, "statuses": {about["check"]: status}, "content": about.get("content")} for row in rows),
         verdict=verdict,
         record=held.get(RECORD_PROPERTY),
         residencies=held.get(RESIDENCY_PROPERTY, {}),
@@ -89,6 +89,7 @@ def _why(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else report.longreprtext
+    # not report.longreprtext: under pytest-xdist that begins with a line about the worker
+    text = crash.message if crash is not None else report.longrepr or ""
     lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[0].strip() if lines else ""
+    return lines[0].strip().removeprefix("Failed: ") if lines else ""  # as pytest.fail() has it

@@ -45,9 +45,9 @@ def _keep(item: pytest.Item, kind: str, name: str, residency: Residency | None, 
             item.user_properties.append((RESIDENCY_PROPERTY, held))
         held[kind] = _plain(residency)
     if getattr(item.config.option, "htmlpath", None) and not item.config.stash[EMBEDDED]:
-        from pytest_diffopt.report.pictures import residency_svg
+        from pytest_diffopt.report.pictures import residency_pictures
 
-        item.stash.setdefault(_PICTURES, {})[name] = residency_svg(residency, title)
+        item.stash.setdefault(_PICTURES, {})[name] = residency_pictures(residency, title)
 
 
 def _plain(residency: Residency) -> dict[str, Any]:

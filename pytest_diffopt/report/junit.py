@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.report.run import RecipeRun, Run
 
 PREFIX = "diffopt_"
-_OF_ROWS = ("recipe", "source", "statuses")  # of a row, what is no figure
+_OF_ROWS = ("recipe", "source", "statuses", "content")  # of a row, what is no figure
 
 
 def flat_properties(carried: Carried) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, recipe_of, row_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, KnownRecipes, row_of
 
 TRIES = 2
 """How many workers a recipe may take with it before the rest of its checks fail untried."""
@@ -23,12 +23,16 @@ _OUT_OF_MEMORY = "signal 9 is what a kernel sends a process when memory runs out
 class LostWorkers:
     """Listens in the controller, and says of each check that was lost with a worker why it has no other verdict.
 
+    Args:
+        recipes: what is known of the recipes of items.
+
     Attributes:
         ends: how each worker that was lost ended, and while it did what, in words, in order.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, recipes: KnownRecipes | None = None) -> None:
         self.ends: list[str] = []
+        self._recipe_of = (recipes if recipes is not None else KnownRecipes()).of
         self._config = config
         self._expected: dict[str, None] = {}
         self._collected: set[str] = set()
@@ -61,7 +65,7 @@ class LostWorkers:
     @pytest.hookimpl(tryfirst=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport, sched: Any) -> None:
         self.ends[-1:] = [self._sentence(crashitem)]
-        if (recipe := recipe_of(crashitem)) is None:
+        if (recipe := self._recipe_of(crashitem)) is None:
             return
         write_failure(report, recipe, self.ends[-1])
         for nodeid in getattr(sched, "given_up", ()):
@@ -73,7 +77,7 @@ class LostWorkers:
         if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR):
             return  # with -x or Ctrl-C it is meant that checks are not run
         missing = [nodeid for nodeid in self._expected if nodeid not in self._told]
-        checks = [nodeid for nodeid in missing if recipe_of(nodeid) is not None]
+        checks = [nodeid for nodeid in missing if self._recipe_of(nodeid) is not None]
         self._unrun = [nodeid for nodeid in missing if nodeid not in checks]
         why = f"{self.ends[-1]}, and no worker took its place" if self.ends else "no worker ran it"
         for nodeid in checks:
@@ -94,7 +98,7 @@ class LostWorkers:
         Args:
             asked: what pytest was to collect.
         """
-        if not self.ends or (self._expected and not any(map(recipe_of, self._expected))):
+        if not self.ends or (self._expected and not any(map(self._recipe_of, self._expected))):
             return []
         lines = [f"diffopt: {end}" for end in self.ends]
         if not self._expected:
@@ -109,7 +113,7 @@ class LostWorkers:
         self.ends.append(f"{end} {'when it ran nothing' if held else 'while it collected'}, and took no check with it")
 
     def _sentence(self, nodeid: str) -> str:
-        recipe = recipe_of(nodeid)
+        recipe = self._recipe_of(nodeid)
         item = f"{recipe['recipe']} · {recipe['check']}" if recipe else nodeid
         if nodeid not in self._begun:
             return f"{self._end} before it ran {item}"
@@ -118,7 +122,7 @@ class LostWorkers:
         return f"{self._end} after the verdict of {item}, before it began anything else"
 
     def _report(self, nodeid: str, sentence: str) -> None:
-        recipe = recipe_of(nodeid)
+        recipe = self._recipe_of(nodeid)
         assert recipe is not None
         report = pytest.TestReport(nodeid, ("", None, ""), {}, "failed", "", "call")
         report.node = self._node  # type: ignore[attr-defined]
@@ -130,7 +134,7 @@ def write_failure(report: pytest.TestReport, recipe: dict[str, str], sentence: s
     """Make of a report a failed verdict with that sentence, as a check's own report has it.
 
     Args:
-        recipe: what :func:`recipe_of` says of the report's node id.
+        recipe: what :class:`KnownRecipes` has of the report's node id.
     """
     from pytest_diffopt.checks.verdict import Verdict
 

@@ -56,7 +56,7 @@ def _fitting(blocks: Sequence[str], room: int) -> tuple[list[str], int]:
 
 
 def _head(run: Run) -> list[str]:
-    mark = "✅" if run.gate.passed else "❌"
+    mark = "❌" if not run.gate.passed else "✅" if run.gate.strict else "⚠️"
     lines = ["## Optimization recipes", "", f"{mark} **{inline(run.gate.sentence)}**", ""]
     beside = run.gate.lines
     lines += [f"- {inline(line)}" for line in beside[:_BESIDE]]
@@ -71,25 +71,30 @@ def _head(run: Run) -> list[str]:
 
 
 def _table(run: Run) -> Iterator[str]:
-    rows = [recipe.figures.model_dump() for recipe in run.recipes]
+    ran = [(name, recipe) for name, recipe in zip(run.names, run.recipes, strict=True) if recipe.was_run]
+    rows = [recipe.figures.model_dump() for _, recipe in ran]
     columns = figures_of(rows)
-    if run.recipes:
+    if ran:
         yield (
             "".join(f"| {title} " for title in ("", "recipe", *(c.heading for c in columns), "verdict"))
             + "|\n"
             + ("|---" * 2 + "|--:" * len(columns) + "|---|\n")
         )
-    names = [recipe.recipe for recipe in run.recipes]
-    for recipe, row in zip(run.recipes, rows, strict=True):
-        name = recipe.recipe if names.count(recipe.recipe) == 1 else recipe.source
+    for (name, recipe), row in zip(ran, rows, strict=True):
         statuses = {verdict.check: verdict.status for verdict in recipe.verdicts}
         cells = [_MARKS[recipe.status], inline(name), *(c.shown(row[c.name]) for c in columns)]
         yield "".join(f"| {cell} " for cell in (*cells, inline(verdict_text(statuses)))) + "|\n"
+    yield from (f"\n{_MARKS['skipped']} {inline(line)}\n" for line in run.skipped)
 
 
 def _findings(run: Run) -> Iterator[str]:
     for status, title in (("failed", "Failed"), ("unverified", "Not verified"), ("skipped", "Skipped")):
-        found = [(recipe, verdict) for recipe in run.recipes for verdict in recipe.verdicts if verdict.status == status]
+        found = [
+            (recipe, verdict)
+            for recipe in run.recipes
+            for verdict in recipe.verdicts
+            if verdict.status == status and recipe.was_run  # the others have a line below the table
+        ]
         for place, (recipe, verdict) in enumerate(found):
             heading = f"\n### {title}: {len(found)}\n" if place == 0 else ""
             yield heading + "\n".join(["", *_folded(_title(recipe, verdict), _details(recipe, verdict), status)]) + "\n"

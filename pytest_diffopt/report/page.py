@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from pytest_diffopt.report.bars import Bar, Group, memory_svg, parity_svg, seconds_svg
 from pytest_diffopt.report.figures import Figure, figures_of
 from pytest_diffopt.report.markdown import shown
-from pytest_diffopt.report.pictures import residency_svg
+from pytest_diffopt.report.pictures import residency_pictures
 from pytest_diffopt.report.rows import verdict_text
+from pytest_diffopt.report.tables import pieces
 
 if TYPE_CHECKING:
     from pytest_diffopt.baseline.key import Key
@@ -56,7 +57,7 @@ _STYLE = """
 .diffopt th, .diffopt td { padding: 6px 10px; border: 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; color: var(--text); }
 .diffopt thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; font-weight: 600; }
-.diffopt tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 11em; }
+.diffopt tbody th { font-weight: 600; min-width: 11em; }
 .diffopt .figure { text-align: right; white-space: nowrap; }
 .diffopt thead .figure { white-space: normal; }
 .diffopt .status { display: inline-block; padding: 1px 9px; border-radius: 10px; font-weight: 600; font-size: 13px; }
@@ -77,9 +78,11 @@ _STYLE = """
   overflow-x: auto; font: 13px/1.45 ui-monospace, 'Cascadia Mono', 'DejaVu Sans Mono', monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 .diffopt code { font: 13px ui-monospace, 'Cascadia Mono', 'DejaVu Sans Mono', monospace; overflow-wrap: anywhere; }
+.diffopt table code { overflow-wrap: break-word; }
 .diffopt svg { display: block; width: 100%; height: auto; max-width: 960px; }
 .diffopt svg.bars text { font: 12px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: var(--text); }
 .diffopt svg.bars .tick { fill: var(--quiet); }
+.diffopt svg.bars .name { font-weight: 600; }
 .diffopt svg.bars .grid { stroke: var(--line); }
 .diffopt svg.bars .first, .diffopt svg.bars .within { fill: var(--first); }
 .diffopt svg.bars .second { fill: var(--second); }
@@ -94,24 +97,42 @@ _STYLE = """
 .diffopt .key .over { background: var(--failed); }
 .diffopt .key .recorded { border: 1.5px dashed var(--recorded); }
 .diffopt .key .allowed { background: var(--text); width: 3px; }
+@media (max-width: 640px) {
+.diffopt { padding: 12px; border-radius: 0; }
+.diffopt h1 { font-size: 22px; }
+.diffopt .inside { padding: 4px 10px 12px; }
+.diffopt tbody th { min-width: 9em; }
+.diffopt svg.bars .between { display: none; }
+}
 """
 _PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { margin: 0; background: #ffffff; }
 @media (prefers-color-scheme: dark) { body { background: #0d1117; } }
 """
+# pytest-html has no place for a phone: its page is 800 pixels wide at least
+_HOST_STYLE = """
+body { min-width: 0; }
+@media (max-width: 640px) {
+#title { overflow-wrap: anywhere; }
+#environment, #results-table { display: block; overflow-x: auto; max-width: 100%; }
+.controls, .filters { flex-wrap: wrap; }
+}
+"""
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 
 
 def page(run: Run) -> str:
     """The whole page, one file."""
-    title = f"Optimization recipes: {'gate passed' if run.gate.passed else 'gate failed'}"
+    said = "gate failed" if not run.gate.passed else "gate passed" if run.gate.strict else "no gate, nothing failed"
+    title = f"Optimization recipes: {said}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            _VIEWPORT,
             '<link rel="icon" href="data:,">',
             f"<title>{_text(title)}</title>",
             f"<style>{_PAGE_STYLE}</style>",
@@ -123,6 +144,11 @@ def page(run: Run) -> str:
             "",
         ]
     )
+
+
+def in_pytest_html(run: Run) -> str:
+    """What the page says, to be put into pytest-html's, with what lets that one be read on a phone."""
+    return "\n".join([_VIEWPORT, f"<style>{_HOST_STYLE}</style>", embedded(run)])
 
 
 def embedded(run: Run, element: str = "section") -> str:
@@ -143,7 +169,7 @@ def embedded(run: Run, element: str = "section") -> str:
 
 def _head(run: Run) -> Iterator[str]:
     yield "<h1>Optimization recipes</h1>"
-    status = "passed" if run.gate.passed else "failed"
+    status = "failed" if not run.gate.passed else "passed" if run.gate.strict else "unverified"
     yield f'<p class="gate {status}">{_MARKS[status]} {_text(run.gate.sentence)}</p>'
     counts = {status: run.gate.counts.get(status, 0) for status in _ORDER}
     yield '<ul class="counts" aria-label="Verdicts by status">'
@@ -165,14 +191,19 @@ def _table(run: Run) -> Iterator[str]:
         return
     rows = [recipe.figures.model_dump() for recipe in run.recipes]
     columns = figures_of(rows)
+    yield from (f'<p class="status skipped">{_MARKS["skipped"]} {_text(line)}</p>' for line in run.skipped)
+    if not any(recipe.was_run for recipe in run.recipes):
+        return
     yield '<h2>Recipes</h2><div class="scroll"><table class="recipes">'
     yield "<caption>Each recipe's verdicts and figures; its name leads to its details.</caption>"
     yield '<thead><tr><th scope="col">recipe</th><th scope="col">verdict</th>'
     yield from (f'<th scope="col" class="figure">{_text(column.heading)}</th>' for column in columns)
     yield "</tr></thead><tbody>"
-    for place, (recipe, row) in enumerate(zip(run.recipes, rows, strict=True)):
+    for place, (name, recipe, row) in enumerate(zip(run.names, run.recipes, rows, strict=True)):
+        if not recipe.was_run:
+            continue
         said = verdict_text({verdict.check: verdict.status for verdict in recipe.verdicts})
-        yield f'<tr><th scope="row"><a href="#diffopt-{place}">{_text(_name(run, recipe))}</a></th>'
+        yield f'<tr><th scope="row"><a href="#diffopt-{place}">{_words(name)}</a></th>'
         yield f"<td>{_chip(recipe.status, said)}</td>"
         yield from (_cell(column, row[column.name]) for column in columns)
         yield "</tr>"
@@ -186,13 +217,13 @@ def _cell(column: Figure, value: float | None) -> str:
 def _memory(run: Run) -> Iterator[str]:
     groups = [
         Group(
-            _name(run, recipe),
+            name,
             (
                 Bar("peak of loading", "first", recipe.figures.load_peak_bytes, _recorded(recipe, "load_peak_bytes")),
                 Bar("peak of a call", "second", recipe.figures.peak_bytes, _recorded(recipe, "peak_bytes")),
             ),
         )
-        for recipe in run.recipes
+        for name, recipe in zip(run.names, run.recipes, strict=True)
     ]
     if any(bar.value for group in groups for bar in group.bars):
         yield "<h2>Memory on the accelerator</h2>"
@@ -203,13 +234,13 @@ def _memory(run: Run) -> Iterator[str]:
 def _latency(run: Run) -> Iterator[str]:
     groups = [
         Group(
-            _name(run, recipe),
+            name,
             (
                 Bar("first call", "first", recipe.figures.cold_seconds),
                 Bar("warm call", "second", recipe.figures.warm_seconds),
             ),
         )
-        for recipe in run.recipes
+        for name, recipe in zip(run.names, run.recipes, strict=True)
     ]
     if any(bar.value for group in groups for bar in group.bars):
         yield "<h2>Latency</h2>"
@@ -240,11 +271,11 @@ def _recorded(recipe: RecipeRun, name: str) -> float | None:
 def _recipes(run: Run) -> Iterator[str]:
     if run.recipes:
         yield "<h2>Details</h2>"
-    for place, recipe in enumerate(run.recipes):
+    for place, (name, recipe) in enumerate(zip(run.names, run.recipes, strict=True)):
         opened = " open" if recipe.status in ("failed", "unverified") else ""
         said = verdict_text({verdict.check: verdict.status for verdict in recipe.verdicts})
         yield f'<section id="diffopt-{place}" aria-label="{_text(recipe.recipe)}"><details{opened}>'
-        yield f"<summary><strong>{_text(_name(run, recipe))}</strong> {_chip(recipe.status, said)}</summary>"
+        yield f"<summary><strong>{_words(name)}</strong> {_chip(recipe.status, said)}</summary>"
         yield '<div class="inside">'
         where = f"{recipe.file}:{recipe.line}" if recipe.line is not None else recipe.source
         yield f'<p class="quiet">in <code>{_text(where)}</code>{_on(run, recipe.key)}</p>'
@@ -271,7 +302,7 @@ def _recipes(run: Run) -> Iterator[str]:
         ):
             if residency is not None and residency.phases:
                 yield "<h3>Residency</h3>"
-                yield residency_svg(residency, title)
+                yield residency_pictures(residency, title)
         yield "</div></details></section>"
 
 
@@ -321,7 +352,7 @@ def _places(places: Sequence[CodePlace]) -> Iterator[str]:
     yield '<th scope="col" class="figure">times</th></tr></thead><tbody>'
     for place in places:
         chip = _chip("failed", place.kind) if place.failed else _text(place.kind)
-        where = f"<code>{_text(f'{place.file}:{place.line}')}</code><br>{_text(place.function)}"
+        where = f"<code>{_words(f'{place.file}:{place.line}')}</code><br>{_text(place.function)}"
         yield f'<tr><th scope="row">{chip}</th><td>{_text(place.component or "-")}</td><td>{where}</td>'
         yield f'<td><code>{_text(place.why)}</code></td><td class="figure">{place.count}</td></tr>'
     yield "</tbody></table></div>"
@@ -337,14 +368,14 @@ def _chip(status: str, text: str) -> str:
     return f'<span class="status {status}">{_MARKS[status]} {_text(text)}</span>'
 
 
-def _name(run: Run, recipe: RecipeRun) -> str:
-    """Its name, and where that is another recipe's too, where it stands."""
-    return recipe.recipe if sum(one.recipe == recipe.recipe for one in run.recipes) == 1 else recipe.source
-
-
 def _text(text: str) -> str:
     """Escaped, without the characters that HTML cannot hold."""
     return escape(text.translate(_UNHELD))
+
+
+def _words(name: str) -> str:
+    """A name that is broken between its words, where it has to be."""
+    return "<wbr>".join(map(_text, pieces(name)))
 
 
 _UNHELD = {code: None for code in range(32) if chr(code) not in "\n\t"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.options import Settings
-from pytest_diffopt.report.tables import LOG_WIDTH, lines_of, new_table
+from pytest_diffopt.report.tables import folded, lines_of, new_table, width_of
 
 if TYPE_CHECKING:
     from pytest_diffopt.documentation.judging import BlockVerdict
@@ -47,6 +47,15 @@ def block_row(verdict: BlockVerdict) -> dict[str, Any]:
     }
 
 
+def block_of(report: pytest.TestReport) -> Row | None:
+    """What the report of a block carries; None for other tests, and for the reports in which a block does not count."""
+    row = dict(report.user_properties or ()).get(BLOCK_PROPERTY)
+    if not isinstance(row, dict) or not (report.when == "call" or (report.when == "setup" and not report.passed)):
+        return None
+    missed = report.failed and row["status"] in ("skipped", "passed", "unverified")
+    return {**row, "status": "failed"} if missed else row
+
+
 class PageReport:
     """Gathers what the reports of blocks carry, from this process or from workers, prints it and writes the files."""
 
@@ -70,9 +79,8 @@ class PageReport:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.rows:
             terminalreporter.section("documentation pages")
-            writer = terminalreporter.config.get_terminal_writer()
-            width = writer.fullwidth if terminalreporter.isatty else max(writer.fullwidth, LOG_WIDTH)
-            for line in table_lines(self.rows, width=width, color=writer.hasmarkup):
+            width, color = width_of(terminal=bool(terminalreporter.isatty)), terminalreporter.hasmarkup
+            for line in table_lines(self.rows, width=width, color=color):
                 terminalreporter.write_line(line)
             terminalreporter.write_line(summary(self.rows))
         for line in (*self.problems, self.strict_line()):
@@ -83,10 +91,8 @@ class PageReport:
 
     def add(self, report: pytest.TestReport) -> None:
         """Take what a block's report carries; reports of other tests carry nothing."""
-        row = dict(report.user_properties or ()).get(BLOCK_PROPERTY)
-        if isinstance(row, dict) and (report.when == "call" or (report.when == "setup" and not report.passed)):
-            missed = report.failed and row["status"] in ("skipped", "passed", "unverified")
-            self.rows.append({**row, "status": "failed"} if missed else row)
+        if (row := block_of(report)) is not None:
+            self.rows.append(row)
 
     def write(self) -> None:
         """Write the files that were asked for; one that cannot be written any more fails the run, and says so."""
@@ -117,13 +123,14 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     places = [f"{row['page']}:{row['line']}" for row in rows]
     parts = [row.get("parts", "") or "-" for row in rows]
     table = new_table()
-    table.add_column("block", overflow="fold", max_width=max(20, width // 4))
+    place_width = min(max(20, width // 4), max(map(len, ["block", *places])))
+    table.add_column("block", width=place_width)
     table.add_column("recipe", overflow="fold", max_width=max(16, width // 4))
     table.add_column("verdict", no_wrap=True)
     table.add_column("reason", overflow="fold", ratio=1)
     for row, place, recipe in zip(rows, places, parts, strict=True):
         status = Text(row["status"], style=_COLORS[row["status"]])
-        table.add_row(Text(place), Text(recipe), status, Text(_one_line(row["sentence"])))
+        table.add_row(Text(folded(place, place_width)), Text(recipe), status, Text(_one_line(row["sentence"])))
     return lines_of(table, width=width, color=color)
 
 

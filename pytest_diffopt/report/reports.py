@@ -142,6 +142,7 @@ class Reports:
         self._pending: dict[str, Carried] = {}
         self._exit_status = 0
         self._written: list[str] = []
+        self._theirs: Any = None  # pytest-html's report
 
     # pytest's hooks
 
@@ -158,11 +159,18 @@ class Reports:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(optionalhook=True)
+    def pytest_html_report_title(self, report: Any) -> None:
+        self._theirs = report
+
+    @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
         if any(target.by_pytest_html for target in self.targets):
-            from pytest_diffopt.report.page import embedded
+            from pytest_diffopt.report.page import in_pytest_html
 
-            prefix.append(embedded(self.run()))
+            run = self.run()
+            prefix.append(in_pytest_html(run))
+            if self._theirs is not None:  # the title alone stands above what pytest-html tells of the environment
+                self._theirs.title = f"{self._theirs.title} · {run.gate.sentence}"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for path in self._written:

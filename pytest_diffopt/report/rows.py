@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.observation.observation import Observation
 
 RECIPE_PROPERTY = "diffopt_recipe"
-"""Which recipe an item runs: ``{"source", "recipe", "check"}``. It is there also where the item was skipped."""
+"""Which recipe an item runs: ``{"source", "recipe", "check", "content"}``. It is there also where the item was skipped."""
 VERDICT_PROPERTY = "diffopt_verdict"
 """A verdict, as :meth:`Verdict.to_dict` makes it."""
 ROW_PROPERTY = "diffopt_row"
@@ -28,6 +29,7 @@ as plain data."""
 
 Row = dict[str, Any]
 
+_FILE = ".recipes.toml::"
 _CHECK = re.compile(
     r"(?P<source>.*\.recipes\.toml::(?P<recipe>(?:(?!::).)+))::(?P<check>\w+)(?:@.*)?"  # xdist adds a group behind "@"
 )
@@ -39,9 +41,26 @@ def recipe_of(nodeid: str) -> dict[str, str] | None:
     return found.groupdict() if found else None
 
 
+class KnownRecipes(dict[str, dict[str, str]]):
+    """Node id → what :data:`RECIPE_PROPERTY` says of it, in a process that collects nothing itself: of a check its node id
+    says enough, a test over a recipe is here once a worker of pytest-xdist has told of it."""
+
+    def of(self, nodeid: str) -> dict[str, str] | None:
+        """What is known of an item's recipe; None for a test without one."""
+        return self.get(nodeid) or recipe_of(nodeid)
+
+
+def about_of(item: pytest.Item) -> dict[str, str] | None:
+    """What an item carries as :data:`RECIPE_PROPERTY`; None for a test without a recipe."""
+    return next(
+        (held for name, held in item.user_properties if name == RECIPE_PROPERTY and isinstance(held, dict)), None
+    )
+
+
 def source_of(item: pytest.Item) -> str:
-    """The file of a test, as its node id writes it."""
-    return item.nodeid.partition("::")[0]
+    """Where the recipe of an item stands, as its rows say: a test over recipes stands for itself."""
+    about = about_of(item)
+    return about["source"] if about is not None else item.nodeid
 
 
 def row_of(
@@ -124,6 +143,23 @@ def merged(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     return list(found.values())
 
 
+def distinct_recipes(rows: Iterable[Mapping[str, Any]]) -> int:
+    """How many recipes rows are of: a test over a recipe is not another one than the checks of it."""
+    return len({(row["recipe"], row.get("content") or row["source"]) for row in rows})
+
+
+def names_of(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """What tables and charts call rows, each a (source, recipe): a recipe by its name, where another has that too by where
+    it stands, and a test over a recipe by its node id."""
+    known = list(rows)
+    counts = Counter(recipe for source, recipe in known if not _is_test(source))
+    return [source if _is_test(source) or (source and counts[recipe] > 1) else recipe for source, recipe in known]
+
+
+def _is_test(source: str) -> bool:
+    return "::" in source and _FILE not in source
+
+
 _WORDS = ("failed", "unverified", "skipped", "known", "passed")
 
 
@@ -140,3 +176,21 @@ def verdict_text(statuses: Mapping[str, str]) -> str:
 def worst(statuses: Mapping[str, str]) -> str:
     """The status that speaks for the recipe: one of failed, unverified, skipped, known, passed; ``""`` where there is none."""
     return next((word for word in _WORDS if word in statuses.values()), "")
+
+
+def is_skipped(statuses: Mapping[str, str]) -> bool:
+    """Whether nothing of a recipe was run, so that it has no figures."""
+    return bool(statuses) and set(statuses.values()) == {"skipped"}
+
+
+def skipped_lines(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> list[str]:
+    """The recipes that were skipped, a line for each reason.
+
+    Args:
+        reasons: source → why it was skipped.
+    """
+    found: dict[str, list[str]] = {}
+    for name, row in zip(names_of((row["source"], row["recipe"]) for row in rows), rows, strict=True):
+        if is_skipped(row["statuses"]):
+            found.setdefault(reasons.get(row["source"], ""), []).append(name)
+    return [f"{len(names)} skipped{f' ({why})' if why else ''}: {', '.join(names)}" for why, names in found.items()]

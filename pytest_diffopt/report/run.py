@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, WithJsonSchema
 from pytest_diffopt.baseline.key import Key
 from pytest_diffopt.observation.observation import Residency
 from pytest_diffopt.report.gathering import Carried
-from pytest_diffopt.report.rows import merged, worst
+from pytest_diffopt.report.rows import merged, names_of, skipped_lines, worst
 
 SCHEMA_VERSION = 1
 
@@ -164,7 +164,7 @@ class RecipeRun(_Part):
 
     recipe: str
     source: str
-    """Where it stands: the node id of a recipe of a file, or the file of a test."""
+    """Where it stands: the node id of a recipe of a file, or of a test over it."""
     file: str = ""
     """From the root of the tests."""
     line: int | None = None
@@ -187,13 +187,19 @@ class RecipeRun(_Part):
     record: dict[str, Any] | None = None
     """What a baseline keeps of it."""
 
+    @property
+    def was_run(self) -> bool:
+        """Whether any of its checks was not skipped."""
+        return any(verdict.status != "skipped" for verdict in self.verdicts)
+
 
 class GateRecord(_Part):
     """What the gate says of the run."""
 
     passed: bool
+    """Whether nothing failed; without `strict` that is no gate passed."""
     sentence: str
-    """The line that ends the run: GATE PASSED or GATE FAILED, with the counts."""
+    """The line that ends the run: GATE PASSED, GATE FAILED, or that it is no gate, with the counts."""
     strict: bool = False
     """Whether what is unverified, skipped or left out fails it."""
     counts: dict[Status, int] = {}
@@ -227,6 +233,24 @@ class Run(_Part):
     gate: GateRecord
     recipes: tuple[RecipeRun, ...] = ()
     """In the order in which they came."""
+
+    @property
+    def names(self) -> list[str]:
+        """What each recipe is called: see :func:`names_of`."""
+        return names_of((recipe.source, recipe.recipe) for recipe in self.recipes)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The recipes of which nothing was run, a line for each reason."""
+        rows = [
+            {
+                "source": one.source,
+                "recipe": one.recipe,
+                "statuses": {verdict.check: verdict.status for verdict in one.verdicts},
+            }
+            for one in self.recipes
+        ]
+        return skipped_lines(rows, {one.source: one.verdicts[0].sentence for one in self.recipes if one.verdicts})
 
 
 def run_of(items: Iterable[Carried], gate: GateRecord, *, version: str, started: str, seconds: float) -> Run:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,9 +17,51 @@ LOG_WIDTH = 160
 GAP = 3
 """Columns between two columns of a table."""
 
+_PIECE = re.compile(r"[^\W_]+[\W_]*|[\W_]+")
+"""A word of a name, with what parts it from the next."""
+
 _Row = TypeVar("_Row")
 Column = tuple[str, Callable[[_Row], str]]
 """A column's title, and its figure of a row."""
+
+
+def width_of(*, terminal: bool) -> int:
+    """Columns of a table: as many as ``COLUMNS`` says, else the terminal's, and a log's where it goes to none."""
+    asked = os.environ.get("COLUMNS", "")
+    if terminal or (asked.isdecimal() and int(asked) > 0):
+        return shutil.get_terminal_size((80, 24)).columns
+    return LOG_WIDTH
+
+
+def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
+    """(what all names begin with, up to the end of a word; the names without it). Nothing is taken of equal names."""
+    first, last = min(names), max(names)
+    same = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    while same and first[same - 1].isalnum():
+        same -= 1
+    if first == last or len(first) == same:  # nothing would be left of it
+        same = 0
+    return first[:same], [name[same:] for name in names]
+
+
+def pieces(name: str) -> list[str]:
+    """The words of a name, each with what parts it from the next: a line may end between them."""
+    return _PIECE.findall(name)
+
+
+def folded(name: str, width: int) -> str:
+    """A name in lines of at most ``width`` columns, broken between words; a word that has no room in a line is broken."""
+    lines = [""]
+    for piece in pieces(name):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line[at : at + width] for line in lines for at in range(0, len(line), width))
+
+
+def longest_piece(names: Iterable[str]) -> int:
+    """The columns that names need so that no word of theirs is broken."""
+    return max((len(piece) for name in names for piece in pieces(name)), default=0)
 
 
 def fitting(

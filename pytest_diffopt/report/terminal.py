@@ -8,18 +8,33 @@ import pytest
 
 from pytest_diffopt.options import Settings
 from pytest_diffopt.report.figures import mebibytes, number, seconds
-from pytest_diffopt.report.gathering import carried_by
+from pytest_diffopt.report.gathering import Carried, carried_by
 from pytest_diffopt.report.rows import (
     VERDICT_PROPERTY,
     Row,
+    is_skipped,
     merged,
+    names_of,
+    skipped_lines,
     verdict_text,
     worst,
 )
-from pytest_diffopt.report.tables import LOG_WIDTH, Column, fitting, lines_of, new_table
+from pytest_diffopt.report.tables import (
+    GAP,
+    Column,
+    fitting,
+    folded,
+    lines_of,
+    longest_piece,
+    new_table,
+    room,
+    shortened,
+    width_of,
+    widths,
+)
 
 _NAME_WIDTH, _VERDICT_WIDTH = 32, 24
-"""Columns that a recipe's name and verdict get before the titles of other columns do."""
+"""Columns that a recipe's name and verdict get before the figures of least interest do."""
 
 
 class RecipeReport:
@@ -29,7 +44,7 @@ class RecipeReport:
         self.settings = settings
         self.rows: list[Row] = []
         self.unverified: list[tuple[str, str, str]] = []
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: list[Carried] = []
 
     # pytest's hooks
 
@@ -44,9 +59,8 @@ class RecipeReport:
         if not self.rows:
             return
         terminalreporter.section("optimization recipes")
-        writer = terminalreporter.config.get_terminal_writer()
-        width = writer.fullwidth if terminalreporter.isatty else max(writer.fullwidth, LOG_WIDTH)
-        for line in table_lines(merged(self.rows), width=width, color=writer.hasmarkup):
+        width, color = width_of(terminal=bool(terminalreporter.isatty)), terminalreporter.hasmarkup
+        for line in table_lines(merged(self.rows), width=width, color=color):
             terminalreporter.write_line(line)
         for line in self.summary_lines():
             terminalreporter.write_line(line, yellow=True)
@@ -64,13 +78,13 @@ class RecipeReport:
         if carried.status == "unverified":
             self.unverified.append((carried.recipe, carried.check, carried.sentence))
         if carried.status == "skipped":
-            self.skipped.append((carried.recipe, carried.check))
+            self.skipped.append(carried)
 
     def summary_lines(self) -> list[str]:
-        """What was not verified, counted, and each with its sentence."""
-        if not self.unverified:
-            return []
-        lines = [f"{len(self.unverified)} unverified: nothing was judged there, so nothing passed"]
+        """Which recipes were skipped, a line for each reason; and what was not verified, each with its sentence."""
+        lines = skipped_lines(merged(self.rows), {one.source: one.sentence for one in self.skipped})
+        if self.unverified:
+            lines.append(f"{len(self.unverified)} unverified: nothing was judged there, so nothing passed")
         return lines + [f"  {recipe} · {check}: {sentence}" for recipe, check, sentence in self.unverified]
 
     def strict_line(self) -> str:
@@ -130,26 +144,59 @@ _OF_MEMORY: dict[Callable[[Row], str], str] = {
 
 
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
-    """The table of recipes, a row each, in ``width`` columns. Memory has columns where it is known of any, and where
-    the width does not do for all columns, the verdict stays."""
+    """The table of recipes, a row each, in ``width`` columns; recipes that were skipped have none.
+
+    Memory has columns where it is known of any. Where the width does not do for all columns, the least telling go; names
+    are shortened by what all begin with.
+    """
     from rich.text import Text
 
-    names = [row["recipe"] for row in rows]
+    called = names_of((row["source"], row["recipe"]) for row in rows)
+    shown = [(name, row) for name, row in zip(called, rows, strict=True) if not is_skipped(row["statuses"])]
+    if not shown:
+        return []
+    names, rows = [name for name, _ in shown], [row for _, row in shown]
+    common = ""
+    if max(map(len, names)) > min(_NAME_WIDTH, width // 3):
+        common, names = shortened(names)
     columns = [
         column
         for column in _COLUMNS
         if column[1] not in _OF_MEMORY or any(row.get(_OF_MEMORY[column[1]]) for row in rows)
     ]
+    verdicts = [verdict_text(row["statuses"]) for row in rows]
+    longest = [max(map(len, texts)) for texts in (["recipe", *names], ["verdict", *verdicts])]
+    needs = [
+        min(longest_piece(["recipe", *names]), width // 2),
+        max(map(len, ["verdict", *" ".join(verdicts).split()])),
+    ]
+    wishes = [max(needs[0], min(longest[0], _NAME_WIDTH, width // 3)), max(needs[1], min(longest[1], _VERDICT_WIDTH))]
+    columns = fitting(columns, rows, width - sum(wishes) - GAP, _LEAST_TELLING)
+    figures = [room(column, rows) - GAP for column in columns]
+    spare = width - sum(needs) - sum(figures) - GAP * (len(columns) + 1)
+    texts, spare = _widened(needs, wishes, spare)
+    texts, spare = _widened(texts, [texts[0], min(longest[1], width * 3 // 8)], spare)
+    titles = [max([len(title), *(len(figure(row)) for row in rows)]) for title, figure in columns]
+    figures = widths([*texts, *figures], [*texts, *titles], width)[2:]
+    spare = width - sum(texts) - sum(figures) - GAP * (len(columns) + 1)
+    (name_width, verdict_width), _ = _widened(texts, longest, spare)
     table = new_table()
-    names_width = min(max([len("recipe"), *(len(row["recipe"]) for row in rows)]), _NAME_WIDTH)
-    columns = fitting(columns, rows, width - names_width - _VERDICT_WIDTH, _LEAST_TELLING)
-    table.add_column("recipe", overflow="fold", width=min(names_width, width // 3))
-    for title, _ in columns:
-        table.add_column(title, justify="right")
-    verdicts_width = max([len("verdict"), *(len(verdict_text(row["statuses"])) for row in rows)])
-    table.add_column("verdict", overflow="fold", width=min(verdicts_width, max(_VERDICT_WIDTH, width * 3 // 8)))
-    for row in rows:
-        name = row["recipe"] if names.count(row["recipe"]) == 1 else row["source"] or row["recipe"]
-        verdict = Text(verdict_text(row["statuses"]), style=_COLORS.get(worst(row["statuses"]), ""))
-        table.add_row(Text(name), *(shown(row) for _, shown in columns), verdict)
-    return lines_of(table, width=width, color=color)
+    table.add_column("recipe", width=name_width)
+    for (title, _), wide in zip(columns, figures, strict=True):
+        table.add_column(title, justify="right", width=wide)
+    table.add_column("verdict", overflow="fold", width=min(verdict_width, width - name_width - GAP))
+    for name, row, verdict in zip(names, rows, verdicts, strict=True):
+        told = Text(verdict, style=_COLORS.get(worst(row["statuses"]), ""))
+        table.add_row(Text(folded(name, name_width)), *(figure(row) for _, figure in columns), told)
+    about = [f"names begin with {common}"] if common else []
+    return [*about, *lines_of(table, width=width, color=color)]
+
+
+def _widened(widths: Sequence[int], wishes: Sequence[int], spare: int) -> tuple[list[int], int]:
+    """(columns' widths, each as near to what it wishes as what is spare allows, the first one first; what is left)."""
+    found = []
+    for width, wish in zip(widths, wishes, strict=True):
+        more = max(0, min(wish - width, spare))
+        found.append(width + more)
+        spare -= more
+    return found, spare

@@ -1,4 +1,4 @@
-// Opens a page in Chromium, light and dark, and writes down what is really there: boxes, colours, requests, errors.
+// Opens a page in Chromium, light, dark and on a phone, and writes down what is really there: boxes, colours, requests, errors.
 // node look.mjs FOLDER_OF_PACKAGES PAGE PICTURE_PREFIX
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
@@ -14,8 +14,10 @@ const browser = await playwright.launch({
   args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"],
 });
 const seen = { requests: [], errors: [] };
-for (const scheme of ["light", "dark"]) {
-  const page = await browser.newPage({ colorScheme: scheme, viewport: { width: 1280, height: 900 } });
+const desk = { viewport: { width: 1280, height: 900 } };
+const phone = { viewport: { width: 390, height: 844 }, isMobile: true, hasTouch: true };
+for (const scheme of ["light", "dark", "phone"]) {
+  const page = await browser.newPage(scheme === "phone" ? phone : { ...desk, colorScheme: scheme });
   page.on("request", (request) => seen.requests.push(request.url()));
   page.on("console", (message) => message.type() === "error" && seen.errors.push(message.text()));
   page.on("pageerror", (error) => seen.errors.push(String(error)));
@@ -29,11 +31,23 @@ for (const scheme of ["light", "dark"]) {
     const own = document.querySelector(".diffopt");
     const rows = [...own.querySelectorAll("table.recipes tbody tr")].map((row) => [...row.children].map((cell) => cell.innerText));
     const bars = [...own.querySelectorAll("svg.bars rect.bar")].map((bar) => ({ kind: bar.getAttribute("class"), ...box(bar) }));
-    const pictures = [...own.querySelectorAll("svg")].map((svg) => ({ title: svg.querySelector("title")?.textContent, ...box(svg) }));
+    const shown = [...own.querySelectorAll("svg")].filter((svg) => svg.getBoundingClientRect().width);
+    const pictures = shown.map((svg) => ({ title: svg.querySelector("title")?.textContent, ...box(svg) }));
+    // the height of a letter as it is seen: what the style says, times the scale of the picture
+    const texts = shown.flatMap((svg) => [...svg.querySelectorAll("text")].filter((text) => text.getBoundingClientRect().width).map((text) => ({
+      text: text.textContent,
+      size: parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a,
+      within: box(svg).left - 1 <= box(text).left && box(text).right <= box(svg).right + 1,
+    })));
+    const areas = shown.flatMap((svg) => [...svg.querySelectorAll("use, path")].map((one) => box(one)));
+    const above = [...document.querySelectorAll("h1, h2, .gate")].map((one) => one.innerText);
     return {
       rows,
       bars,
       pictures,
+      texts,
+      areas,
+      above,
       headings: [...own.querySelectorAll("table.recipes thead th")].map((cell) => cell.innerText),
       gate: own.querySelector(".gate").innerText,
       widest: document.documentElement.scrollWidth,
@@ -41,7 +55,13 @@ for (const scheme of ["light", "dark"]) {
       back: getComputedStyle(own).backgroundColor,
     };
   });
-  await page.screenshot({ path: `${pictures}-${scheme}.png`, fullPage: true });
+  let pictured = page;
+  if (scheme === "phone") {  // Chromium pictures no whole page of a phone: a window of that width stands in
+    pictured = await browser.newPage({ viewport: phone.viewport });
+    await pictured.goto(page.url());
+    await pictured.evaluate(() => document.querySelectorAll("details").forEach((details) => (details.open = true)));
+  }
+  await pictured.screenshot({ path: `${pictures}-${scheme}.png`, fullPage: true });
   await page.close();
 }
 await browser.close();

@@ -283,9 +283,29 @@ def test_workers_send_their_verdicts_and_rows(run_pytest: RunPytest, files: pyte
         result.stdout.fnmatch_lines([row])
 
 
-def test_a_recipe_stays_on_one_worker_with_loadgroup(run_pytest: RunPytest, files: pytest.Pytester) -> None:
+OVER = """
+import os
+import pytest
+from pytest_diffopt import recipes
+
+@recipes("a.recipes.toml")
+@pytest.mark.parametrize("k", range(4))
+def test_over(recipe, k):
+    print("judging", recipe.name, "test", "in", os.environ["PYTEST_XDIST_WORKER"])
+    if recipe.name == "bad":
+        pytest.fail("it is bad", pytrace=False)
+"""
+
+
+@pytest.mark.parametrize("distribution", ["load", "loadgroup"])
+def test_a_recipe_stays_on_one_worker_with_the_tests_over_it(
+    run_pytest: RunPytest, files: pytest.Pytester, distribution: str
+) -> None:
     pytest.importorskip("xdist")
-    result = run_pytest("-n", "2", "--dist", "loadgroup", "-rA")
+    files.makepyfile(test_over=OVER)
+    result = run_pytest("-n", "2", "--dist", distribution, "-rA", "--diffopt-strict")
+    assert result.parseoutcomes() == {"passed": 15, "failed": 6}
+    assert "GATE FAILED: 5 failed, 1 unverified; 15 verdicts of 3 recipes passed" in result.outlines
     workers: dict[str, set[str]] = {}
     for line in result.outlines:
         if line.startswith("judging "):
@@ -317,7 +337,13 @@ class TestClass:
     result = run_pytest("-v", "sub/test_it.py", "-W", "error")
     assert result.parseoutcomes() == {"passed": 6}
     result.stdout.fnmatch_lines([f"sub/test_it.py::test_it[[]{name}[]] PASSED*" for name in ("made", "other", "good")])
-    result.stdout.fnmatch_lines(["other *12.3 / 0.50 * 2 passed"])
+    result.stdout.fnmatch_lines(
+        [
+            "names begin with sub/test_it.py::",
+            "test_it[[]other[]] *12.3 / 0.50 * 1 passed",
+            "TestClass::test_observation_alone[[]other[]] *12.3 / 0.50 * 1 passed",
+        ]
+    )
 
 
 def test_a_wrong_recipes_marker_fails_its_test_alone(run_pytest: RunPytest, files: pytest.Pytester) -> None:

@@ -110,16 +110,16 @@ def test_what_was_left_out_damaged_or_renamed_closes_the_gate(
     unverified = gate()
     assert unverified.ret == 0
     assert "2 unverified" in unverified.outlines[-2]
-    assert unverified.outlines[-2].startswith("GATE PASSED: ")
+    assert unverified.outlines[-2].startswith("NOT A GATE (no --diffopt-strict): ")
     assert gate(STRICT).ret == 1
 
     assert gate(UPDATE, "-n", "2").ret == 0
     left_out = gate(STRICT, "-k", "parity or baseline")
     assert left_out.ret == 1
-    assert left_out.outlines[-2] == "GATE FAILED: 7 left out; 4 verdicts of 2 recipes passed"
+    assert left_out.outlines[-2] == "GATE FAILED: 7 checks left out; 4 verdicts of 2 recipes passed"
     by_node_id = gate(STRICT, "-n", "1", "r.recipes.toml::nf4")
     assert by_node_id.ret == 1
-    assert by_node_id.outlines[-2].startswith("GATE FAILED: 6 left out; ")
+    assert by_node_id.outlines[-2].startswith("GATE FAILED: 6 checks left out; ")
 
     damaged = missing / "r" / "nf4.json"
     damaged.write_text(damaged.read_text(encoding="utf-8").replace('"weight_bytes"', '"weight"'), encoding="utf-8")
@@ -154,7 +154,7 @@ def test_a_recipe_file_that_is_not_run_closes_a_strict_gate_and_a_mark_makes_not
     pytester.path.joinpath("more", "m.recipes.toml").write_text(other, encoding="utf-8")
     assert gate(UPDATE).ret == 0
     part = gate("--ignore=more")
-    assert (part.ret, part.outlines[-2]) == (0, "GATE PASSED: 11 verdicts of 2 recipes passed")
+    assert (part.ret, part.outlines[-2]) == (0, "NOT A GATE (no --diffopt-strict): 11 verdicts of 2 recipes passed")
     strict = gate(STRICT, "--ignore=more", "-n", "2")
     assert strict.ret == 1
     assert last_lines(strict)[:2] == [

@@ -69,13 +69,19 @@ def test_the_page_shows_its_table_and_its_bars_light_and_dark(
 
     assert seen["errors"] == []
     assert [url for url in seen["requests"] if not url.startswith(("file:", "data:"))] == []
-    for scheme in ("light", "dark"):
+    for scheme, width in (("light", 1280), ("dark", 1280), ("phone", 390)):
         page = seen[scheme]
         assert page["gate"].endswith("GATE FAILED: 2 failed; 9 verdicts of 2 recipes passed")
         assert [row[0] for row in page["rows"]] == ["<b>compiled<b>", "nf4"]
         assert all(len(row) == len(page["headings"]) for row in page["rows"])
         assert page["headings"][:2] == ["recipe", "verdict"]
-        assert page["widest"] <= 1280  # nothing runs out of the page
+        assert page["widest"] <= width  # nothing runs out of the page
+        assert min(text["size"] for text in page["texts"]) >= 11  # pixels, as they are seen
+        assert [text for text in page["texts"] if not text["within"]] == []
+        assert all(area["width"] > 100 and area["height"] > 0 for area in page["areas"])
+        assert next(at for at, text in enumerate(page["above"]) if "GATE FAILED" in text) == (
+            0 if html == "html" else 1
+        )
         assert all(
             picture["width"] > 300 and picture["height"] > 30 and picture["title"] for picture in page["pictures"]
         )
@@ -97,7 +103,7 @@ def look(page: Path) -> Any:
     ]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
     assert ran.returncode == 0, ran.stderr
-    for scheme in ("light", "dark"):
+    for scheme in ("light", "dark", "phone"):
         assert page.with_name(f"{page.stem}-{scheme}.png").stat().st_size > 10_000
     return json.loads(ran.stdout)
 

@@ -315,7 +315,8 @@ def test_the_table_marks_the_first_that_surely_fits(ran: Callable[..., tuple[int
     lines = out.splitlines()
     assert (status, err) == (0, "")
     assert lines[0] == (
-        "GiB, forecast without a GPU, the least time first · flux.1-dev · 1024×1024 · 28 steps · 12.00 GiB"
+        "Memory in GiB, forecast without a GPU, the fastest recipe first · "
+        "flux.1-dev · 1024×1024 · 28 steps · to fit 12.00 GiB"
     )
     assert lines[2].split("  ")[1] == "rung"
     assert [line.split("  ")[0] for line in lines if line.startswith(">")] == ["> nf4-tiled"]

@@ -107,7 +107,10 @@ def test_leaf_by_leaf_promises_more_than_whole_models() -> None:
 
 def test_a_component_that_never_leaves_is_named() -> None:
     stays = record(860_000, 860_000, 860_000, stays={"vae": 50_000})
-    failed_with(judge(stays), "vae has not left the accelerator after the call", "vae: 48.83 KiB of its 48.83 KiB stay")
+    failed_with(judge(stays), "vae has not left the accelerator after the call", "vae: 48.83 KiB stay, with")
+    with_state = judge(record(860_000, 860_000, 860_000, stays={"vae": 60_000}))
+    told = "vae: 58.59 KiB stay, with buffers and quantization state; its parameters alone take 48.83 KiB"
+    failed_with(with_state, "vae has not left the accelerator after the call", told)
 
 
 def test_only_the_components_that_are_offloaded_must_leave() -> None:

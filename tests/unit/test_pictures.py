@@ -9,7 +9,7 @@ import pytest
 
 from pytest_diffopt.byte_sizes import unit_of
 from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
-from pytest_diffopt.report.pictures import HEIGHT, WIDTH, described, residency_svg, ticks
+from pytest_diffopt.report.pictures import HEIGHT, WIDTH, described, residency_pictures, residency_svg, ticks
 
 MIB = 1 << 20
 OWNERS = (
@@ -141,6 +141,49 @@ def test_everything_lies_inside_whatever_the_names_and_however_many() -> None:
         if one.get("class") != "title":
             assert len(text) * 8 < WIDTH
     assert [text for text in drawn.texts if text.startswith("call")] == ["call 0"]  # it alone has room, on its left
+
+
+def pair(residency: Residency, title: str) -> tuple[Drawn, Drawn]:
+    wide, mark, narrow = residency_pictures(residency, title).partition(
+        '<svg xmlns="http://www.w3.org/2000/svg" class="residency narrow'
+    )
+    return Drawn(wide), Drawn(mark + narrow)
+
+
+def test_a_page_has_the_picture_for_a_phone_too_with_the_same_areas_and_all_that_it_says() -> None:
+    wide, narrow = pair(RESIDENCY, "flux & <friends>")
+    assert (wide.root.get("class"), narrow.root.get("class")) == ("residency wide", "residency narrow")
+    assert len(wide.areas) == len(OWNERS)
+    assert narrow.areas == []  # they are most of a page's bytes, and so there once
+    (use,) = narrow.every("use")
+    (held,) = wide.every("g")
+    assert use.get("href") == f"#{held.get('id')}"
+    x, y, across, down = map(float, re.findall(r"[-\d.]+", str(use.get("transform"))))
+    corners = [(across * at + x, down * below + y) for area in wide.areas for at, below in area]
+    peak = narrow.every("circle")[0]
+    assert min(below for _, below in corners) == pytest.approx(float(peak.get("cy", 0)), abs=0.2)
+    ends = [float(one.get("x1", 0)) for one in narrow.every("line") if one.get("class") == "phase"]
+    assert (min(at for at, _ in corners), max(at for at, _ in corners)) == pytest.approx(
+        (min(ends), max(ends)), abs=0.2
+    )
+    assert {"30.00 MiB", "transformer working", "peak 95.00 MiB in call 0"} <= narrow.texts.keys()
+    style = str(wide.every("style")[0].text)
+    assert "@media (max-width: 640px) {\n.residency.wide { display: none; }" in style
+
+
+def test_of_a_picture_for_a_phone_everything_lies_inside_and_no_text_is_longer_than_it_is_wide() -> None:
+    owners = tuple(Owner(f"a_component_with_quite_a_long_name_{at}", "weights") for at in range(40))
+    phases = tuple(
+        PhaseResidency(f"call {at}", at, at + 1, at + 1, 40 + at, "unet", "aten::" + "x" * 60) for at in range(60)
+    )
+    crowded = Residency(owners, phases, tuple(range(61)), tuple((1 + at,) + (1,) * 39 for at in range(61)))
+    _, drawn = pair(crowded, "a title that is longer than any picture could be wide, " * 3)
+    width, height = map(float, str(drawn.root.get("viewBox")).split()[2:])
+    for one in (*drawn.every("text"), *drawn.every("rect"), *drawn.every("circle")):
+        for name, end in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+            assert 0 <= float(one.get(name, 0)) <= end
+    for text, one in drawn.texts.items():
+        assert len(text) * (8.5 if one.get("class") == "title" else 6) < width, text
 
 
 @pytest.mark.parametrize("empty", [Residency(), Residency((), (PhaseResidency("loading", 0, 0, 0, 0),), (0,), ((),))])

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from pytest_diffopt.collection.session import SETTINGS
+from pytest_diffopt.options import Settings
 from pytest_diffopt.report.annotations import Annotation, Repository, annotations_of
+from pytest_diffopt.report.gate import Outcome
 from pytest_diffopt.report.gathering import Carried
 from pytest_diffopt.report.junit import junit_xml
 from pytest_diffopt.report.markdown import MOST_BYTES, markdown
-from pytest_diffopt.report.page import page
+from pytest_diffopt.report.page import in_pytest_html, page
+from pytest_diffopt.report.reports import Reports, Target
 from pytest_diffopt.report.rows import row_of
 from pytest_diffopt.report.run import GateRecord, Run, from_json, run_of, schema_text, to_json
 
@@ -188,7 +194,7 @@ def test_a_page_has_the_table_the_bars_the_parity_and_the_residency() -> None:
     titles = [tag for tag, _ in shown.tags].count("svg")
     assert titles >= 2 + 2 + 2  # memory, latency; parity and residency of each
     text = "".join(shown.text)
-    assert "12.00 MiB, recorded 10.00 MiB" in text
+    assert "12.00 MiB, was 10.00 MiB" in text
     assert "GATE FAILED: 1 failed" in text
     assert "a file is gone" in text
 
@@ -302,3 +308,89 @@ def test_files_of_the_repository_are_found_and_installed_ones_are_not(tmp_path: 
     assert repository.found("lib.py") is None
     assert repository.found("nowhere.py") is None
     assert repository.shown("r.recipes.toml") == "tests/r.recipes.toml"
+
+
+def test_charts_have_no_scale_of_their_own_so_that_a_phone_shows_their_text_as_large() -> None:
+    charts = re.findall(r'<svg [^>]*class="bars".*?</svg>', page(RUN), flags=re.DOTALL)
+    assert len(charts) == 2 + 2
+    for chart in charts:
+        assert "viewBox" not in chart
+        places = [float(one) for one in re.findall(r' x[12]?="([\d.]+)%"', chart)]
+        assert places
+        assert max(places) <= 40  # the rest is for figures
+        assert re.findall(r'<rect class="bar [^"]*" x="0" y="[\d.]+" width="[\d.]+%"', chart)
+    long = run_with(items("tests/test_a.py::test_of_a_very_long_name_that_goes_on_and_on[flux-nf4-compile]"))
+    (shown,) = set(re.findall(r'class="name" [^>]*>(…[^<]*)<', page(long)))
+    assert len(shown) <= 48
+    assert shown.endswith("[flux-nf4-compile]")
+    assert f"_{shown[1:]}" in long.recipes[0].recipe  # it begins with a word
+
+
+def test_in_pytest_htmls_page_a_phone_is_no_desk_and_the_title_has_the_verdict() -> None:
+    text = in_pytest_html(RUN)
+    assert text.startswith('<meta name="viewport" content="width=device-width, initial-scale=1">')
+    assert "body { min-width: 0; }" in text
+    config: Any = SimpleNamespace(stash=pytest.Stash(), option=SimpleNamespace())
+    config.stash[SETTINGS] = Settings(strict=True)
+    gate: Any = SimpleNamespace(outcome=Outcome(False, "GATE FAILED: 1 failed; no recipe was run"))
+    reports = Reports(config, [Target("r.html", Path("r.html"), by_pytest_html=True)], gate)
+    theirs, prefix = SimpleNamespace(title="report.html"), list[str]()
+    reports.pytest_html_report_title(theirs)
+    reports.pytest_html_results_summary(prefix)
+    assert theirs.title == "report.html · GATE FAILED: 1 failed; no recipe was run"
+    assert len(prefix) == 1
+
+
+def skipped(name: str) -> Carried:
+    source = f"a/x.recipes.toml::{name}"
+    row = {**row_of(None, source=source, recipe=name), "statuses": {"parity": "skipped"}}
+    return Carried(
+        source, name, "parity", "skipped", "torchao is not installed", (row,), file="a/x.recipes.toml", line=9
+    )
+
+
+def over(recipe: str) -> list[Carried]:
+    """What a test over a recipe carries."""
+    source = f"tests/test_a.py::test_it[{recipe}]"
+    row = {**row_of(None, source=source, recipe=recipe), "peak_bytes": 12 * MIB, "statuses": {"test_it": "passed"}}
+    return [Carried(source, recipe, "test_it", "passed", "", (row,), file="tests/test_a.py", line=3)]
+
+
+def test_recipes_that_were_skipped_are_one_line_and_no_rows_of_dashes() -> None:
+    run = run_with(items("flux"), [skipped("one")], [skipped("two")])
+    line = "2 skipped (torchao is not installed): one, two"
+    assert run.skipped == [line]
+    shown = page(run)
+    assert line in shown
+    assert shown.count('<tr><th scope="row"><a') == 1
+    text = markdown(run)
+    assert line in text
+    assert "torchao" not in text.replace(line, "")
+    assert "| ⚠️ |" not in text
+    assert "Recipes</h2>" not in page(run_with([skipped("one")]))
+
+
+def test_a_test_over_a_recipe_is_called_by_its_node_id_in_tables_and_charts() -> None:
+    run = run_with(items("flux"), over("flux"))
+    assert run.names == ["flux", "tests/test_a.py::test_it[flux]"]
+    shown = page(run)
+    assert ">tests/<wbr>test_<wbr>a.<wbr>py::<wbr>test_<wbr>it[<wbr>flux]</a></th>" in shown
+    assert "tests/test_a.py::test_it[flux], peak of a call: 12.00 MiB" in shown
+    assert ">flux</a></th>" in shown
+    assert "| tests/test\\_a.py::test\\_it\\[flux\\] |" in markdown(run)
+
+
+@pytest.mark.parametrize(
+    ("passed", "strict", "title", "kind", "mark"),
+    [
+        (True, True, "gate passed", "passed", "✅"),
+        (True, False, "no gate, nothing failed", "unverified", "⚠️"),
+        (False, False, "gate failed", "failed", "❌"),
+    ],
+)
+def test_a_report_says_gate_passed_only_of_a_gate(passed: bool, strict: bool, title: str, kind: str, mark: str) -> None:
+    gate = GateRecord(passed=passed, strict=strict, sentence="as it is")
+    run = RUN.model_copy(update={"gate": gate})
+    assert f"<title>Optimization recipes: {title}</title>" in page(run)
+    assert f'<p class="gate {kind}">' in page(run)
+    assert f"{mark} **as it is**" in markdown(run)

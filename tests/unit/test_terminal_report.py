@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pytest_diffopt.checks.verdict import Status, Verdict
 from pytest_diffopt.observation.observation import (
@@ -21,8 +25,19 @@ from pytest_diffopt.observation.observation import (
     Place,
 )
 from pytest_diffopt.options import Settings
+from pytest_diffopt.report.gathering import carried_by
 from pytest_diffopt.report.progress import ProgressLine
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, ROW_PROPERTY, VERDICT_PROPERTY, merged, row_of, verdict_text
+from pytest_diffopt.report.rows import (
+    RECIPE_PROPERTY,
+    ROW_PROPERTY,
+    VERDICT_PROPERTY,
+    Row,
+    merged,
+    names_of,
+    row_of,
+    verdict_text,
+)
+from pytest_diffopt.report.tables import shortened, width_of
 from pytest_diffopt.report.terminal import RecipeReport, status_of, table_lines
 from tests.made_forecasts import GIB, made
 
@@ -156,6 +171,116 @@ def test_the_table_keeps_to_its_width_and_has_color_only_where_asked(width: int)
     assert all(len(line) <= width for line in table_lines(rows, width=width, color=False))
     assert "\x1b[" not in "".join(table_lines(rows, width=width, color=False))
     assert "\x1b[31m" in "".join(table_lines(rows, width=width, color=True))
+
+
+WORDS = st.text("abcdefgh0123456789", min_size=1, max_size=9)
+NAMES = st.lists(WORDS, min_size=1, max_size=6).map("-".join)
+TESTS = st.builds("tests/test_{0}.py::test_{1}[{2}]".format, WORDS, WORDS, NAMES)
+STATUSES = st.dictionaries(
+    st.sampled_from(["engagement", "graph_breaks", "recompiles", "quantization", "memory", "parity"]),
+    st.sampled_from(["passed", "failed", "unverified", "known"]),
+)
+HEADINGS = set(
+    re.findall(
+        r"\S+",
+        "recipe latency cold / warm (s) peak memory load call (MiB) forecast (GiB) transfers in out graphs breaks recompiles "
+        "required tolerance verdict",
+    )
+)
+
+
+@st.composite
+def rows_of_recipes(draw: st.DrawFn) -> list[Row]:
+    rows = []
+    for name in draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)):
+        row = row_of(
+            observation(name, draw(st.sampled_from([None, 2**20, 2**34]))), [], source=f"a.recipes.toml::{name}"
+        )
+        rows.append({**row, "statuses": draw(STATUSES), "source": draw(st.sampled_from([row["source"], draw(TESTS)]))})
+    return rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows_of_recipes(), st.integers(40, 250))
+def test_in_any_width_headings_are_whole_words_and_names_are_broken_only_between_words(
+    rows: list[Row], width: int
+) -> None:
+    lines = table_lines(rows, width=width, color=False)
+    about = [line for line in lines if line.startswith("names begin with ")]
+    assert max(map(len, lines[len(about) :])) <= width
+    rule = next(at for at, line in enumerate(lines) if line.startswith("───"))
+    assert set(" ".join(lines[len(about) : rule]).split()) <= HEADINGS
+    assert {"recipe", "verdict"} <= set(lines[rule - 1].split())
+    names_width = lines[rule - 1].index("verdict") if len(lines[rule - 1].split()) == 2 else None
+    column = "\n".join(line[:names_width] for line in lines[rule + 1 :])
+    for name in names_of((row["source"], row["recipe"]) for row in rows):
+        kept = name.removeprefix(about[0].removeprefix("names begin with ") if about else "")
+        for word in re.findall(r"[a-z0-9]+", kept):
+            assert re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", column), (word, column)
+
+
+def test_names_lose_what_all_begin_with_where_they_are_long_and_only_there() -> None:
+    sources = [f"tests/test_stripes.py::test_every_recipe_gives_an_image[{name}]" for name in ("nf4", "nf4-compile")]
+    rows = [{**row_of(observation("nf4"), [verdict("parity")]), "source": source} for source in sources]
+    first, *_, one, two = table_lines(rows, width=100, color=False)
+    assert first == "names begin with tests/test_stripes.py::test_every_recipe_gives_an_image["
+    assert (one.split()[0], two.split()[0]) == ("nf4]", "nf4-compile]")
+    assert shortened(["flux-nf4", "flux-nf4-compile"]) == ("flux-", ["nf4", "nf4-compile"])
+    assert shortened(["a-", "a-b"]) == ("", ["a-", "a-b"])
+    assert shortened(["same", "same"]) == ("", ["same", "same"])
+    assert "flux-nf4-compile" in table_lines([row_of(observation("flux-nf4-compile"), [])], width=100, color=False)[-1]
+
+
+def test_recipes_that_were_skipped_are_a_line_for_each_reason_and_no_rows() -> None:
+    gathered = RecipeReport(Settings())
+    for name, why in (("a", "torchao is not installed"), ("b", "torchao is not installed"), ("c", "no GPU")):
+        for check in ("engagement", "parity"):
+            about = {"source": f"f.recipes.toml::{name}", "recipe": name, "check": check}
+            skipped: Any = ("f", 1, f"Skipped: {why}")
+            gathered.add(
+                pytest.TestReport(
+                    "f", ("f", 0, "f"), {}, "skipped", skipped, "call", user_properties=[(RECIPE_PROPERTY, about)]
+                )
+            )
+    assert gathered.summary_lines() == ["2 skipped (torchao is not installed): a, b", "1 skipped (no GPU): c"]
+    rows = merged(gathered.rows)
+    assert table_lines(rows, width=100, color=False) == []
+    (_, _, line) = table_lines([*rows, row_of(observation("d"), [verdict("parity")])], width=100, color=False)
+    assert line.startswith("d ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "terminal", "width"),
+    [("70", False, 70), ("200", True, 200), ("", False, 160), ("x", False, 160), ("0", False, 160)],
+)
+def test_a_table_that_goes_to_no_terminal_has_the_columns_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str, terminal: bool, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", asked)
+    assert width_of(terminal=terminal) == width
+
+
+class Worker:
+    """What pytest-xdist puts into a report as ``node``."""
+
+    class gateway:
+        id = "gw0"
+
+    workerinfo: ClassVar = {"sysplatform": "linux", "version_info": (3, 12, 1), "executable": "python", "id": "gw0"}
+
+
+def test_a_sentence_of_another_process_begins_with_what_happened() -> None:
+    failed = report("test_a", None, outcome="failed")
+    failed.node = Worker  # type: ignore[attr-defined]
+    failed.longrepr = "flux · observation: PipelineError: no such file\n  more"
+    assert failed.longreprtext.startswith("[gw0] linux -- Python")
+    carried = carried_by(failed)
+    assert carried is not None
+    assert carried.sentence == "flux · observation: PipelineError: no such file"
+    failed.longrepr = SimpleNamespace(reprcrash=SimpleNamespace(message="Failed: it is bad\nmore"))
+    assert (carried_by(failed) or carried).sentence == "it is bad"
+    failed.longrepr = None
+    assert (carried_by(failed) or carried).sentence == ""
 
 
 def report(check: str, status: Status | None, *, outcome: str = "passed", when: str = "call") -> pytest.TestReport:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from pytest_diffopt.accelerators import Accelerator, sharing
-from pytest_diffopt.collection.workers import Place, host_of, places, threads_of
+from pytest_diffopt.collection.workers import Place, host_of, places, tell_of_recipes, threads_of
 from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.report.lost_workers import LostWorkers, how_ended, write_failure
-from pytest_diffopt.report.rows import RECIPE_PROPERTY, VERDICT_PROPERTY, recipe_of
+from pytest_diffopt.report.rows import RECIPE_PROPERTY, VERDICT_PROPERTY, KnownRecipes, recipe_of
 
 # Places
 
@@ -266,6 +266,81 @@ def test_recipes_stay_whole_and_everything_is_run_once(each: int, seed: int, gro
                 ran_by.setdefault("together", set()).add(worker)
     assert {unit: len(workers) for unit, workers in ran_by.items()} == dict.fromkeys(ran_by, 1)
     assert len(ran_by) == 9 + groups
+
+
+OVER_RECIPES = KnownRecipes(
+    {
+        f"{source}{rest}": {"source": source, "recipe": recipe, "check": "any", "content": recipe}
+        for recipe in ("r0", "r1")
+        for source, rest in (
+            [(f"tests/test_a.py::test_{k}[{recipe}]", "") for k in range(3)]
+            + [(f"a.recipes.toml::{recipe}", f"::check{k}") for k in range(4)]
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_test_over_a_recipe_runs_on_the_worker_of_its_checks(seed: int, groups: bool) -> None:
+    pytest.importorskip("xdist")
+    from pytest_diffopt.collection.scheduling import RecipeScheduling
+
+    rng = random.Random(seed)
+    tests = [nodeid for nodeid in OVER_RECIPES if nodeid.startswith("tests/")]
+    plain = [f"tests/test_a.py::test_plain[{k}]" for k in range(9)]
+    collection = [*checks(4), *tests, *plain]
+    rng.shuffle(collection)
+    suffix = "@mine" if groups else ""  # a group that the user wants goes before
+    collection += [f"tests/test_a.py::test_own[r0]{suffix}"]
+    known = KnownRecipes(OVER_RECIPES)
+    known[collection[-1]] = {
+        "source": "tests/test_a.py::test_own[r0]",
+        "recipe": "r0",
+        "check": "test_own",
+        "content": "r0",
+    }
+    made = RecipeScheduling(configuration("load"), None, groups=groups, recipes=known)
+    nodes = started(made, collection)
+    done = run_to_the_end(made, nodes, rng)
+    assert sorted(sum(done.values(), [])) == list(range(len(collection)))  # noqa: RUF017
+    for recipe in ("r0", "r1"):
+        items = [at for at, nodeid in enumerate(collection[:-1]) if (known.of(nodeid) or {}).get("content") == recipe]
+        assert len(items) == 7
+        workers = [worker for worker, indices in done.items() if set(items) & set(indices)]
+        assert len(workers) == 1
+    assert made._unit_of(collection[-1]) == ("mine" if groups else "r0")
+
+
+def test_a_test_over_a_recipe_that_a_worker_takes_with_it_is_a_failed_verdict_of_that_recipe() -> None:
+    told: list[pytest.TestReport] = []
+    config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_runtest_logreport=lambda report: told.append(report)))
+    lost = LostWorkers(config, OVER_RECIPES)
+    node = SimpleNamespace(gateway=SimpleNamespace(id="gw0"))
+    lost.pytest_xdist_node_collection_finished(node, ["tests/test_a.py::test_0[r0]", "tests/test_a.py::test_plain"])
+    lost.ends.append("worker gw0 was killed (signal 9)")
+    lost.pytest_sessionfinish(SimpleNamespace(exitstatus=pytest.ExitCode.TESTS_FAILED))  # type: ignore[arg-type]
+    (report,) = told
+    carried: dict[str, Any] = dict(report.user_properties)
+    assert carried[RECIPE_PROPERTY]["source"] == "tests/test_a.py::test_0[r0]"
+    assert carried[VERDICT_PROPERTY]["status"] == "failed"
+    assert lost.lines([])[1:] == ["diffopt: 1 other tests were not run: tests/test_a.py::test_plain"]
+
+
+def test_a_worker_tells_of_the_recipes_of_its_tests_and_of_nothing_else() -> None:
+    sent: list[dict[str, Any]] = []
+    config: Any = SimpleNamespace(workerinput={"diffopt_recipes": SimpleNamespace(send=sent.append)})
+
+    def item(nodeid: str, about: dict[str, str] | None) -> Any:
+        return SimpleNamespace(nodeid=nodeid, user_properties=[(RECIPE_PROPERTY, about)] if about else [])
+
+    check = item("a.recipes.toml::r0::parity", {"source": "a.recipes.toml::r0"})
+    tell_of_recipes(config, [check, item("test_a.py::test_b", None)])
+    assert sent == []
+    tell_of_recipes(config, [check, item("test_a.py::test_it[r0]", {"source": "test_a.py::test_it[r0]"})])
+    assert [list(one) for one in sent] == [["a.recipes.toml::r0::parity", "test_a.py::test_it[r0]"]]
+    tell_of_recipes(SimpleNamespace(), [check])  # type: ignore[arg-type]
+    assert len(sent) == 1
 
 
 def test_a_worker_holds_no_second_recipe_while_it_has_two_checks_left() -> None:
