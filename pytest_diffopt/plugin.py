@@ -11,7 +11,7 @@ import pytest
 from pytest_diffopt import hookspec
 from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
-from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
+from pytest_diffopt.fixtures import register_fixtures
 from pytest_diffopt.options import add_options, read_settings
 from pytest_diffopt.report import reports
 from pytest_diffopt.report.combinations import CombinationsReport
@@ -22,8 +22,6 @@ from pytest_diffopt.report.terminal import RecipeReport, status_of
 if TYPE_CHECKING:
     from pytest_diffopt.collection.documentation_pages import PageFile
     from pytest_diffopt.collection.recipe_files import RecipeFile
-
-__all__ = ["accelerator", "compile_watch", "memory_watch", "observation", "quantized_pipeline", "recipe"]
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -53,7 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
         pages.configure(config)
 
 
+@pytest.hookimpl(trylast=True)  # when every plugin's fixtures are known
 def pytest_sessionstart(session: pytest.Session) -> None:
+    register_fixtures(session)
     session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
 
 

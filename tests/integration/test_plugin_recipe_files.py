@@ -307,7 +307,7 @@ from pytest_diffopt import Recipe, recipes
 def test_it(recipe, observation):
     assert observation.name == recipe.name
 
-@pytest.mark.recipes("b.recipes.toml")
+@pytest.mark.diffopt_recipes("b.recipes.toml")
 class TestClass:
     def test_observation_alone(self, observation):
         assert observation.name == "other"
@@ -325,13 +325,13 @@ def test_a_wrong_recipes_marker_fails_its_test_alone(run_pytest: RunPytest, file
         """
         import pytest
 
-        @pytest.mark.recipes("nowhere.recipes.toml")
+        @pytest.mark.diffopt_recipes("nowhere.recipes.toml")
         def test_missing(observation): ...
 
-        @pytest.mark.recipes(3)
+        @pytest.mark.diffopt_recipes(3)
         def test_wrong(recipe): ...
 
-        @pytest.mark.recipes("a.recipes.toml")
+        @pytest.mark.diffopt_recipes("a.recipes.toml")
         def test_takes_none(): ...
 
         def test_unmarked(recipe): ...
