@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from pytest_diffopt import hookspec
 from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import register_fixtures
+from pytest_diffopt.notices import shown_by
 from pytest_diffopt.options import add_options, read_settings
 from pytest_diffopt.report import reports
 from pytest_diffopt.report.combinations import CombinationsReport
@@ -54,7 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # when every plugin's fixtures are known
 def pytest_sessionstart(session: pytest.Session) -> None:
     register_fixtures(session)
-    session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
+    line = session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
+    announcements = contextlib.ExitStack()
+    announcements.enter_context(shown_by(line.announcing))
+    session.config.add_cleanup(announcements.close)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.notices import announced
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.family import ComponentRepository, Family
 from pytest_diffopt.replicas.initialization import reproducible
@@ -40,6 +41,7 @@ _ROOTS = ("model_index.json", "config.json")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub")
 _ABANDONED_SECONDS = 3600.0
+_WORTH_A_LINE_SECONDS = 3.0
 
 
 def hub_directory() -> Path:
@@ -127,7 +129,8 @@ def _build(family: Family, hub_id: str, snapshot: Path, save: Callable[[Path], N
     # Built aside and moved in one step: whoever is killed, or comes second, leaves no half of a snapshot.
     aside = workplace(family.name)
     try:
-        save(aside)
+        with announced(f"building {family.name} (once)", after_seconds=_WORTH_A_LINE_SECONDS):
+            save(aside)
         _write_manifest(family, hub_id, aside)
         _move_in(aside, snapshot)
     finally:
