@@ -1,14 +1,19 @@
-"""The fixtures. Their bodies import what they need, so that none costs anything until a test asks for it."""
+"""The fixtures. Their bodies import what they need, so that none costs anything until a test asks for it.
+
+Their names are plain words, which other suites use too, so one of ours is there only where nobody else has that name.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_diffopt.collection.marked_tests import WATCH, Mistake
+from pytest_diffopt.collection.marked_tests import RECIPE_TAKEN, WATCH, Mistake
+from pytest_diffopt.collection.own_recipes import is_recipe
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, accelerator_of, registry_of, session_of
 from pytest_diffopt.report.rows import ROW_PROPERTY, row_of, source_of
 
@@ -20,12 +25,32 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
 
-@pytest.fixture(scope="session")
-def accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
-    """The device that recipes run on, as ``--diffopt-device`` says.
+NAMES = ("accelerator", "compile_watch", "memory_watch", "observation", "quantized_pipeline", "recipe")
 
-    From the first test that takes it to the end of the session the libraries know the simulated one as a device of theirs.
+
+def register_fixtures(session: pytest.Session) -> None:
+    """Add the fixtures whose names no other plugin has; modules, classes and conftest.py files override them anyway.
+
+    Among plugins the one that is registered last wins, and that is chance: entry points come in the order of folders.
     """
+    plugins = session.config.pluginmanager
+    known: Any = plugins.get_plugin("funcmanage")  # knows by now what all the other plugins have
+    root: Any = session if pytest.version_tuple >= (8, 1) else session.nodeid
+    ours = ModuleType("pytest_diffopt_fixtures")
+    for name in ("_diffopt_accelerator", *NAMES):
+        if not any(_is_of_a_plugin(found) for found in known.getfixturedefs(name, root) or ()):
+            setattr(ours, name, globals()[name])
+    plugins.register(ours, "diffopt-fixtures")
+
+
+def _is_of_a_plugin(found: Any) -> bool:
+    """Whether a fixture that every test sees is a plugin's. pytest 8 lists those of the first conftest.py here too."""
+    return not vars(found).get("has_location", False)
+
+
+@pytest.fixture(scope="session")
+def _diffopt_accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
+    """What `accelerator` gives, for the other fixtures here: a suite may have another `accelerator`."""
     from pytest_diffopt.errors import DiffoptError
 
     try:
@@ -34,6 +59,15 @@ def accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
     with found.known_to_libraries():
         yield found
+
+
+@pytest.fixture(scope="session")
+def accelerator(_diffopt_accelerator: Accelerator) -> Accelerator:
+    """The device that recipes run on, as ``--diffopt-device`` says.
+
+    From the first test that takes it to the end of the session the libraries know the simulated one as a device of theirs.
+    """
+    return _diffopt_accelerator
 
 
 @pytest.fixture
@@ -50,7 +84,7 @@ def compile_watch(request: pytest.FixtureRequest) -> Iterator[CompileWatch]:
 
 
 @pytest.fixture
-def memory_watch(request: pytest.FixtureRequest, accelerator: Accelerator) -> Iterator[MemorySpan]:
+def memory_watch(request: pytest.FixtureRequest, _diffopt_accelerator: Accelerator) -> Iterator[MemorySpan]:
     """The accelerator's memory from here to the end of the test: ``peak_bytes``, ``live_bytes``, ``transferred_bytes``, …
 
     On a device that does not count its memory the test is unverified: skipped, or failed with ``--diffopt-strict``.
@@ -60,7 +94,7 @@ def memory_watch(request: pytest.FixtureRequest, accelerator: Accelerator) -> It
     from pytest_diffopt.observation.memory import MemorySpan
 
     try:
-        span = MemorySpan(accelerator).__enter__()
+        span = MemorySpan(_diffopt_accelerator).__enter__()
     except UnverifiableError as error:
         unverified(request.node, "memory_watch", str(error), strict=request.config.stash[SETTINGS].strict)
     try:
@@ -72,6 +106,7 @@ def memory_watch(request: pytest.FixtureRequest, accelerator: Accelerator) -> It
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     """The recipe that the marker `recipes` parametrizes the test with."""
+    request.node.stash[RECIPE_TAKEN] = True
     if not hasattr(request, "param"):
         pytest.fail("recipe: the test has no marker recipes: @recipes(my_recipe, 'more.recipes.toml')", pytrace=False)
     if isinstance(request.param, Mistake):
@@ -89,6 +124,9 @@ def observation(request: pytest.FixtureRequest, recipe: Recipe) -> Observation:
     from pytest_diffopt.checks.crashes import described
     from pytest_diffopt.errors import DiffoptError
 
+    if not is_recipe(recipe):
+        found = type(recipe).__name__
+        pytest.fail(f"observation: expected a Recipe from the fixture 'recipe', got {found}", pytrace=False)
     try:
         with request.config.stash[PROGRESS].running():
             observed: Observation = session_of(request.config).observe(recipe)
@@ -103,7 +141,7 @@ def observation(request: pytest.FixtureRequest, recipe: Recipe) -> Observation:
 
 
 @pytest.fixture
-def quantized_pipeline(request: pytest.FixtureRequest, accelerator: Accelerator) -> Iterator[Any]:
+def quantized_pipeline(request: pytest.FixtureRequest, _diffopt_accelerator: Accelerator) -> Iterator[Any]:
     """A live pipeline, quantized as the marker `quantization` says; torch's globals are given back after."""
     from pytest_diffopt.errors import DiffoptError
     from pytest_diffopt.markers import QuantizationMarker, closest
@@ -117,7 +155,7 @@ def quantized_pipeline(request: pytest.FixtureRequest, accelerator: Accelerator)
     registry_of(request.config)
     asked = marker.recipe(re.sub(r"[^A-Za-z0-9_.-]+", "-", request.node.name).strip("-"))
     try:
-        with prepared(asked, accelerator, allow_hub=request.config.stash[SETTINGS].hub) as live:
+        with prepared(asked, _diffopt_accelerator, allow_hub=request.config.stash[SETTINGS].hub) as live:
             yield live.pipeline
     except DiffoptError as error:
         text = f"{request.node.name} · quantized_pipeline: {error}"

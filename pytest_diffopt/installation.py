@@ -1,4 +1,4 @@
-"""What only an installation can tell of a recipe: whether its imports, components, backends, settings and models are there."""
+"""What only an installation can tell of a recipe: whether its pipeline, imports, backends, settings and models are there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.recipe import DynamoValue, ForecastBudget, Recipe, is_reference
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
-from pytest_diffopt.replicas import Family, registry, resolve_full_size
+from pytest_diffopt.replicas import Family, registry, resolve_full_size, unresolved
 
 __all__ = ["problems_with_installation"]
 
 
 def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_hub: bool = False) -> list[Problem]:
-    """The mistakes that show only with the recipe's libraries at hand: its imports, components, backends, settings, forecast.
+    """The mistakes that show only with the recipe's libraries at hand: its pipeline, imports, backends, settings, forecast.
 
     Imports what the recipe names; imports torch if the recipe compiles by a backend's name or sets Dynamo, and leaves
     those two unchecked where torch is not installed. Nothing is built: components are checked where the pipeline is a
@@ -35,8 +35,13 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
         allow_hub: whether a hub id means the hub's own pipeline, and not the replica that stands for it.
     """
     mistakes: list[Mistake] = []
-    if isinstance(recipe.pipeline, str) and is_reference(recipe.pipeline):
-        mistakes += _reference_mistakes(("pipeline",), recipe.pipeline)
+    if isinstance(recipe.pipeline, str):
+        if is_reference(recipe.pipeline):
+            mistakes += _reference_mistakes(("pipeline",), recipe.pipeline)
+        elif not _forecast_alone(recipe) and (
+            allowed := unresolved(recipe.pipeline, allow_hub=allow_hub, registry=registry)
+        ):
+            mistakes.append(Mistake(("pipeline",), repr(recipe.pipeline), allowed))
     if isinstance(recipe.call.inputs, str):
         mistakes += _reference_mistakes(("call", "inputs"), recipe.call.inputs)
     if (family := _replica(recipe.pipeline, allow_hub)) is not None:
@@ -58,6 +63,13 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
     if recipe.forecast is not None:
         mistakes += _forecast_mistakes(recipe, recipe.forecast, allow_hub)
     return [Problem(f"{prefix}.{path_of(m.location)}", m.found, m.allowed) for m in mistakes]
+
+
+def _forecast_alone(recipe: Recipe) -> bool:
+    """Whether the pipeline is the full-size model that the recipe asks a forecast of: that check needs no run."""
+    if recipe.forecast is None or recipe.forecast.model is not None or not isinstance(recipe.pipeline, str):
+        return False
+    return registry.find_full_size(recipe.pipeline) is not None
 
 
 def _library_mistakes(recipe: Recipe) -> Iterator[Mistake]:

@@ -1,7 +1,8 @@
 """The markers: one frozen dataclass each, whose docstring's first line is what ``pytest --markers`` prints.
 
-``@pytest.mark.max_recompiles(3)`` and ``@max_recompiles(3)``, imported from :mod:`pytest_diffopt`, are the same marker;
-the imported one checks its arguments where it is written, the other when its test is set up.
+``@max_recompiles(3)``, imported from :mod:`pytest_diffopt`, and ``@pytest.mark.diffopt_max_recompiles(3)`` are the same
+marker; the imported one checks its arguments where it is written, the other when its test is set up. A mark without the
+prefix, ``pytest.mark.max_recompiles``, is another suite's: other suites use such names too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_diffopt.recipe import Recipe
 
 _Marked = TypeVar("_Marked", bound="Callable[..., Any] | type")
+MARK_PREFIX = "diffopt_"
 _BACKENDS = tuple(kind for kind in KINDS if kind not in ("sim", "cpu"))
 
 
@@ -53,9 +55,14 @@ class Marker:
         return cls(**given)
 
     @classmethod
+    def mark_name(cls) -> str:
+        """The name of its marks in pytest, which no other suite uses."""
+        return MARK_PREFIX + cls.name
+
+    @classmethod
     def line(cls) -> str:
         """Its line of ``pytest --markers``."""
-        return (cls.__doc__ or "").splitlines()[0]
+        return MARK_PREFIX + (cls.__doc__ or "").splitlines()[0]
 
     @classmethod
     def _takes(cls) -> str:
@@ -318,7 +325,7 @@ class QuantizationMarker(Marker):
 
 
 MARKERS: dict[str, type[Marker]] = {
-    marker.name: marker
+    marker.mark_name(): marker
     for marker in (RequiresGpu, CompileFullgraph, MaxRecompiles, MaxMemory, Recipes, QuantizationMarker)
 }
 
@@ -328,26 +335,30 @@ _M = TypeVar("_M", bound=Marker)
 
 def closest(item: pytest.Item, kind: type[_M]) -> _M | None:
     """The marker of that kind that stands closest to the test, parsed. Raises :class:`MarkerError`."""
-    mark = item.get_closest_marker(kind.name)
+    mark = item.get_closest_marker(kind.mark_name())
     return None if mark is None else kind.of(mark.args, mark.kwargs)
 
 
 class CheckedMarker(pytest.MarkDecorator):
-    """``pytest.mark.NAME`` that rejects wrong arguments where it is written."""
+    """``pytest.mark.diffopt_NAME`` that rejects wrong arguments where it is written."""
 
     def __init__(self, kind: type[Marker]) -> None:
         self._kind = kind
         self.__doc__ = kind.__doc__
 
-    # pytest.mark.NAME is looked up at use: before that, the marker is not registered yet.
+    # The mark is looked up at use: before that, the marker is not registered yet.
     @property
     def mark(self) -> pytest.Mark:  # type: ignore[override]
         self._kind.of((), {})
-        return cast(pytest.MarkDecorator, getattr(pytest.mark, self._kind.name)).mark
+        return self._plain.mark
+
+    @property
+    def _plain(self) -> pytest.MarkDecorator:
+        return cast(pytest.MarkDecorator, getattr(pytest.mark, self.name))
 
     @property
     def name(self) -> str:
-        return self._kind.name
+        return self._kind.mark_name()
 
     @property
     def __name__(self) -> str:
@@ -364,7 +375,7 @@ class CheckedMarker(pytest.MarkDecorator):
 
     def with_args(self, *args: object, **kwargs: object) -> pytest.MarkDecorator:
         self._kind.of(args, kwargs)
-        return cast(pytest.MarkDecorator, getattr(pytest.mark, self._kind.name)).with_args(*args, **kwargs)
+        return self._plain.with_args(*args, **kwargs)
 
     @overload
     def __call__(self, arg: _Marked, /) -> _Marked: ...

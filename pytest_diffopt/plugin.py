@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import pytest
 from pytest_diffopt import hookspec
 from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
-from pytest_diffopt.fixtures import accelerator, compile_watch, memory_watch, observation, quantized_pipeline, recipe
+from pytest_diffopt.fixtures import register_fixtures
+from pytest_diffopt.notices import shown_by
 from pytest_diffopt.options import add_options, read_settings
 from pytest_diffopt.report import reports
 from pytest_diffopt.report.combinations import CombinationsReport
@@ -22,8 +24,6 @@ from pytest_diffopt.report.terminal import RecipeReport, status_of
 if TYPE_CHECKING:
     from pytest_diffopt.collection.documentation_pages import PageFile
     from pytest_diffopt.collection.recipe_files import RecipeFile
-
-__all__ = ["accelerator", "compile_watch", "memory_watch", "observation", "quantized_pipeline", "recipe"]
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -53,8 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         pages.configure(config)
 
 
+@pytest.hookimpl(trylast=True)  # when every plugin's fixtures are known
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
+    register_fixtures(session)
+    line = session.config.stash[PROGRESS] = ProgressLine.of(session.config)  # by now the terminal reporter is there
+    announcements = contextlib.ExitStack()
+    announcements.enter_context(shown_by(line.announcing))
+    session.config.add_cleanup(announcements.close)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

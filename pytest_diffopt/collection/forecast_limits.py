@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_diffopt.collection.own_recipes import is_recipe
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, registry_of, session_of
 from pytest_diffopt.collection.skipping import unverified
 from pytest_diffopt.report.html import keep_forecast_picture
@@ -33,8 +34,8 @@ def with_budget(recipe: Recipe, marker: MaxMemory) -> Recipe:
 @contextlib.contextmanager
 def forecast_within(item: pytest.Item, marker: MaxMemory) -> Iterator[None]:
     """Fail a test whose recipe takes more with the full-size model; a test that fails by itself, or skips, is left at that."""
-    recipe: Any = getattr(item, "funcargs", {}).get("recipe")
-    if not hasattr(recipe, "content_hash"):
+    recipe = getattr(item, "funcargs", {}).get("recipe")
+    if not is_recipe(recipe):
         pytest.fail(f"{item.nodeid}: {NO_RECIPE}", pytrace=False)
     from pytest_diffopt.installation import problems_with_installation
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt.collection.forecast_limits import NO_RECIPE, forecast_within
+from pytest_diffopt.collection.own_recipes import recipe_of_test
 from pytest_diffopt.collection.session import SETTINGS, accelerator_of, kind_of
 from pytest_diffopt.collection.skipping import place_skip, skip, unverified
 from pytest_diffopt.documentation.requirements import missing
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
 # What ``pytest --markers`` prints: the first line of each dataclass's docstring in `markers`, written again (a test
 # compares them) so that a run whose tests have no such marker does not pay for that module.
 MARKER_LINES = {
-    "requires_gpu": "requires_gpu(min_memory=None, capability=None, backends=None, simulated=False): "
+    "diffopt_requires_gpu": "diffopt_requires_gpu(min_memory=None, capability=None, backends=None, simulated=False): "
     "skip unless the accelerator fits.",
-    "compile_fullgraph": "compile_fullgraph: "
+    "diffopt_compile_fullgraph": "diffopt_compile_fullgraph: "
     "all that the test compiles is one graph a frame, and runs: no break, no skip, no fall back.",
-    "max_recompiles": "max_recompiles(limit): "
+    "diffopt_max_recompiles": "diffopt_max_recompiles(limit): "
     "at most that many recompiles in the test, and no recompile limit is ever exhausted.",
-    "max_memory": "max_memory(limit, forecast=None): "
+    "diffopt_max_memory": "diffopt_max_memory(limit, forecast=None): "
     "the accelerator holds at most that much in the test; or a full-size model would.",
-    "recipes": "recipes(*recipes): "
+    "diffopt_recipes": "diffopt_recipes(*recipes): "
     "run the test once a recipe; its fixtures `recipe` and `observation` have it and what happened.",
-    "quantization": 'quantization(backend, components=None, pipeline="tiny-flux", **kwargs): '
+    "diffopt_quantization": 'diffopt_quantization(backend, components=None, pipeline="tiny-flux", **kwargs): '
     "configure fixture `quantized_pipeline`.",
 }
 
@@ -42,6 +43,14 @@ MAX_MEMORY: pytest.StashKey[MaxMemory] = pytest.StashKey()
 WATCH_MARKERS: pytest.StashKey[WatchMarkers] = pytest.StashKey()
 WATCH: pytest.StashKey[CompileWatch] = pytest.StashKey()
 """The open watch of a test that takes the fixture `compile_watch`."""
+RECIPE_TAKEN: pytest.StashKey[bool] = pytest.StashKey()
+"""Whether the fixture `recipe` of ours ran for a test."""
+
+
+_ANOTHER_FIXTURE = (
+    "recipes: the fixture 'recipe' that this test gets is not pytest-diffopt's: the module, a conftest.py or another plugin "
+    "has one of that name, and theirs wins. Rename it, or let it take ours: def recipe(recipe)."
+)
 
 
 def register_markers(config: pytest.Config) -> None:
@@ -59,7 +68,7 @@ class Mistake:
 
 def parametrize_recipes(metafunc: pytest.Metafunc) -> None:
     """Run a test with the marker `recipes` once a recipe."""
-    mark = metafunc.definition.get_closest_marker("recipes")
+    mark = metafunc.definition.get_closest_marker("diffopt_recipes")
     if mark is None:
         return
     if "recipe" not in metafunc.fixturenames:
@@ -82,8 +91,7 @@ def parametrize_recipes(metafunc: pytest.Metafunc) -> None:
 
 def note_recipe(item: pytest.Item) -> None:
     """Let the reports of a test over recipes say which recipe it was, also where it is skipped."""
-    recipe: Any = getattr(getattr(item, "callspec", None), "params", {}).get("recipe")
-    if hasattr(recipe, "content_hash"):
+    if (recipe := recipe_of_test(item)) is not None:
         check = getattr(item, "originalname", item.name)
         about = {"source": item.nodeid, "recipe": recipe.name, "check": check, "content": recipe.content_hash}
         item.user_properties.append((RECIPE_PROPERTY, about))
@@ -104,12 +112,12 @@ def set_up(item: pytest.Item) -> None:
                 MARKERS[mark.name].of(mark.args, mark.kwargs)
     except MarkerError as error:
         raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
-    if "recipes" in names and "recipe" not in getattr(item, "fixturenames", ()):
+    if "diffopt_recipes" in names and "recipe" not in getattr(item, "fixturenames", ()):
         pytest.fail(
             f"{item.nodeid}: recipes: the test takes neither fixture, 'recipe' nor 'observation'", pytrace=False
         )
-    recipe: Any = getattr(getattr(item, "callspec", None), "params", {}).get("recipe")
-    if hasattr(recipe, "content_hash") and (lacking := missing(recipe.requires)):
+    recipe = recipe_of_test(item)
+    if recipe is not None and (lacking := missing(recipe.requires)):
         skip(item, lacking)
     if (gpu := closest(item, RequiresGpu)) is not None:
         try:
@@ -129,12 +137,20 @@ def set_up(item: pytest.Item) -> None:
         item.stash[WATCH_MARKERS] = watch_markers
 
 
+def _has_its_recipe(item: pytest.Item) -> bool:
+    """Whether the recipe of the marker came to the test: through our fixture, or through one that gives its parameter."""
+    given = getattr(item, "funcargs", {}).get("recipe")
+    return RECIPE_TAKEN in item.stash or (given is not None and given is recipe_of_test(item))
+
+
 @contextlib.contextmanager
 def watching(item: pytest.Item) -> Iterator[None]:
     """Watch what the test compiles and allocates, where its markers ask for it, and fail it where they do not hold.
 
     A test that fails by itself, or skips, is left at that.
     """
+    if item.get_closest_marker("diffopt_recipes") is not None and not _has_its_recipe(item):
+        pytest.fail(f"{item.nodeid}: {_ANOTHER_FIXTURE}", pytrace=False)
     with _watching_memory(item), _watching_compilation(item):
         yield
 

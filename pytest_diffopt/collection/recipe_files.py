@@ -275,8 +275,20 @@ def read_tables(path: Path, node: _Node) -> dict[str, Written]:
                 )
             problems += mistaken_modules(found[recipe.name].recipe, path.parent, f"recipe.{recipe.name}")
     if problems:
-        raise RecipeError(problems, _shown_path(path, node.config))
+        raise RecipeError(_said_once(problems), _shown_path(path, node.config))
     return found
+
+
+def _said_once(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems, those that recipes have in common as one: an unknown pipeline, inherited by each, is one mistake."""
+    paths: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        paths.setdefault((problem.found, problem.allowed), []).append(problem.path)
+    return [Problem(_first_of(at), found, allowed) for (found, allowed), at in paths.items()]
+
+
+def _first_of(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more: {', '.join(paths[1:4])})"
 
 
 def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix, list[Mistake]]:

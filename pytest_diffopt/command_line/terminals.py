@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from pytest_diffopt.notices import Show, shown_by
 from pytest_diffopt.report import tables
+from pytest_diffopt.report.progress import ProgressLine
 
 
 def width_of(stream: TextIO) -> int:
@@ -27,12 +29,27 @@ def _is_lively(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yields what says what is being done, in a line on stderr that goes when it is done; without a terminal, nothing."""
+    """Yields what says what is being done, in a line on stderr that goes when it is done.
+
+    Without a terminal only what takes long and happens once is said, such as building the simulated accelerator.
+    """
     if not _is_lively(sys.stderr):
-        yield lambda words: None
+        plain = ProgressLine.plainly()
+        with contextlib.closing(plain), shown_by(plain.announcing):
+            yield lambda words: None
         return
     from rich.console import Console
     from rich.markup import escape
 
     with Console(stderr=True).status("") as status:
-        yield lambda words: status.update(escape(words))
+
+        def say(words: str) -> None:
+            status.update(escape(words))
+
+        @contextlib.contextmanager
+        def announcing(text: str, after_seconds: float) -> Iterator[Show]:
+            say(text)
+            yield say
+
+        with shown_by(announcing):
+            yield say

@@ -59,6 +59,9 @@ _HARDWARE = re.compile(
 _NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:sim|cpu|mps|xpu)[.\w]*' has no attribute '(\w+)'")
 _NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
+_PLACEHOLDER_OWNER = re.compile(
+    r"(?<![a-z0-9])(?:user|user[-_]?names?|your(?:[-_]?(?:user|org|own))?(?:[-_]?name)?|org[-_]?names?|name[-_]?space)(?![a-z0-9])"
+)
 _MISSING_PACKAGE = re.compile(
     r"requires the (?P<a>[\w.-]+) library|[Rr]equires (?P<c>[a-z][\w.-]+) ?[><=]=|"
     r"pip install (?:-U |--upgrade )?[`'\"]?(?P<b>[a-zA-Z][\w.-]+)"
@@ -232,8 +235,9 @@ def _not_here(
 
 
 def _placeholder(hub_id: str) -> str:
+    """Whole words of the owner: "diffusers" has a "user" in it and is a real one."""
     owner = hub_id.partition("/")[0].casefold()
-    return ": it is a placeholder" if re.search(r"user|your|org-?name|path|namespace", owner) else ""
+    return ": it is a placeholder" if owner == "path" or _PLACEHOLDER_OWNER.search(owner) else ""
 
 
 # Whether what it configured was used.

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_diffopt.documentation.order import ENDED
 from pytest_diffopt.documentation.record import BlockRun
 from pytest_diffopt.errors import DiffoptError, UnverifiableError
+from pytest_diffopt.notices import Show, announced, shown_by
 from pytest_diffopt.user_cache import cache_directory
 
 if TYPE_CHECKING:
@@ -139,7 +140,11 @@ class Server:
             cwd=self._root,
         )
         started = time.monotonic()
-        ready = self._answer(process, lambda: time.monotonic() > started + START_SECONDS)
+        with contextlib.ExitStack() as shown:
+            while text := (ready := self._answer(process, lambda: time.monotonic() > started + START_SECONDS)).get(
+                "doing"
+            ):
+                shown.enter_context(announced(text))
         if "ready" in ready:
             self.kind = ready["ready"]
             return process
@@ -285,8 +290,14 @@ def serve() -> None:
     parent = os.getppid()
     from pytest_diffopt.accelerators import select
 
+    @contextlib.contextmanager
+    def announcing(text: str, after_seconds: float) -> Iterator[Show]:
+        answers.write(json.dumps({"doing": text}) + "\n")
+        yield lambda text: None
+
     try:
-        accelerator = select(sys.argv[1])
+        with shown_by(announcing):
+            accelerator = select(sys.argv[1])
         _import_libraries()
     except Exception as error:
         answers.write(json.dumps({"error": str(error), "unverifiable": isinstance(error, UnverifiableError)}) + "\n")

@@ -14,7 +14,13 @@ from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.checkpoint import write_checkpoint
 from pytest_diffopt.replicas.description import Architecture, Description, Published
 from pytest_diffopt.replicas.family import ComponentRepository, Family, Variant
-from pytest_diffopt.replicas.resolution import Resolved, hub_cache_environment, resolve, resolve_full_size
+from pytest_diffopt.replicas.resolution import (
+    Resolved,
+    hub_cache_environment,
+    resolve,
+    resolve_full_size,
+    unresolved,
+)
 from pytest_diffopt.user_cache import cache_directory
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "registry",
     "resolve",
     "resolve_full_size",
+    "unresolved",
     "write_checkpoint",
 ]
 

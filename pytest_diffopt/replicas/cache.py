@@ -28,6 +28,7 @@ from typing import Any
 
 from pytest_diffopt.errors import ReplicaError
 from pytest_diffopt.libraries import import_libraries, no_progress_bars, quietly
+from pytest_diffopt.notices import announced
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.family import ComponentRepository, Family
 from pytest_diffopt.replicas.initialization import reproducible
@@ -41,6 +42,7 @@ _ROOTS = ("model_index.json", "config.json")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub")
 _ABANDONED_SECONDS = 3600.0
+_WORTH_A_LINE_SECONDS = 3.0
 
 
 def hub_directory() -> Path:
@@ -129,7 +131,8 @@ def _build(family: Family, hub_id: str, snapshot: Path, save: Callable[[Path], N
     aside = workplace(family.name)
     try:
         import_libraries()  # before they are quiet: each sets its own level of logging when it is imported
-        with no_progress_bars(), quietly():
+        building = announced(f"building {family.name} (once)", after_seconds=_WORTH_A_LINE_SECONDS)
+        with building, no_progress_bars(), quietly():
             save(aside)
         _write_manifest(family, hub_id, aside)
         _move_in(aside, snapshot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pytest_diffopt.errors import ReplicaError
+from pytest_diffopt.part import did_you_mean
 from pytest_diffopt.replicas import cache
 from pytest_diffopt.replicas.catalogue import Registry, registry
 from pytest_diffopt.replicas.description import INDEX as _INDEX
@@ -36,6 +36,17 @@ class Resolved:
     family: Family | None = None
 
 
+@dataclass(frozen=True)
+class Unresolved:
+    """Why a pipeline comes from nowhere.
+
+    Args:
+        allowed: what may stand in its place.
+    """
+
+    allowed: str
+
+
 def resolve(pipeline: str, *, allow_hub: bool = False, registry: Registry = registry) -> Resolved:
     """What ``pipeline`` means; the first that fits counts.
 
@@ -47,22 +58,38 @@ def resolve(pipeline: str, *, allow_hub: bool = False, registry: Registry = regi
     Raises:
         ReplicaError: nothing fits, a directory holds no pipeline, or the replica cannot be built.
     """
+    found = _located(pipeline, allow_hub, registry)
+    if isinstance(found, Unresolved):
+        raise ReplicaError(f"pipeline: found {pipeline!r}; {found.allowed}")
+    if isinstance(found, Family):
+        return Resolved(str(cache.ensure(pipeline, registry=registry)), "replica", found)
+    return found
+
+
+def unresolved(pipeline: str, *, allow_hub: bool = False, registry: Registry = registry) -> str | None:
+    """What :func:`resolve` would take in place of ``pipeline``, where nothing fits it; else None. Builds nothing."""
+    found = _located(pipeline, allow_hub, registry)
+    return found.allowed if isinstance(found, Unresolved) else None
+
+
+def _located(pipeline: str, allow_hub: bool, registry: Registry) -> Family | Resolved | Unresolved:
+    """By the order that :func:`resolve` states: a family whose replica is meant, what lies in files, or what is wrong."""
     family = registry.find(pipeline)
     if family is not None and "/" not in pipeline:
-        return Resolved(str(cache.ensure(pipeline, registry=registry)), "replica", family)
+        return family
     directory = Path(pipeline).expanduser()
     if pipeline and directory.is_dir():
         if not (directory / _INDEX).is_file():
-            raise ReplicaError(f"The directory {pipeline!r} holds no diffusers pipeline: it lacks {_INDEX}.")
+            return Unresolved(f"the directory holds no diffusers pipeline: it lacks {_INDEX}")
         return Resolved(str(directory), "directory")
     if family is not None and not allow_hub:
-        return Resolved(str(cache.ensure(pipeline, registry=registry)), "replica", family)
+        return family
     if is_hub_id(pipeline):
         if snapshot := _cached_snapshot(pipeline):
             return Resolved(snapshot, "hub")
         if allow_hub:
             return Resolved(pipeline, "hub")
-    raise ReplicaError(_unknown(pipeline, registry))
+    return Unresolved(_allowed(pipeline, registry))
 
 
 def resolve_full_size(model: str, *, registry: Registry = registry) -> Description:
@@ -104,7 +131,10 @@ def hub_cache_environment(ids: Iterable[str], *, registry: Registry = registry) 
             cache.ensure_component(*alone, spelling=hub_id)
             continue
         if family is None:
-            raise ReplicaError(f"No replica stands for {hub_id!r}. {_known(hub_id, registry)}")
+            near = did_you_mean(hub_id, _hub_ids(registry), 2)
+            raise ReplicaError(
+                f"No replica stands for {hub_id!r}; {near}hub ids with a replica: {', '.join(_hub_ids(registry))}"
+            )
         canonical = family.canonical(hub_id) or family.repository
         cache.ensure_family(family, canonical, spelling=hub_id if "/" in hub_id else canonical)
     return {"HF_HUB_CACHE": str(cache.hub_directory()), "HF_HUB_OFFLINE": "1"}
@@ -128,21 +158,27 @@ def _cached_snapshot(hub_id: str) -> str | None:
     return str(snapshot) if all((snapshot / name).is_dir() for name in folders) else None
 
 
-def _known(wanted: str, registry: Registry) -> str:
-    def likeness(known: str) -> float:
-        return difflib.SequenceMatcher(None, wanted.casefold(), known.casefold()).ratio()
-
-    names = sorted(registry.families, key=likeness, reverse=True)
-    ids = [hub_id for family in registry.families.values() for hub_id in family.hub_ids]
-    ids.sort(key=likeness, reverse=True)
-    return f"Replicas: {', '.join(names)}. They stand for the hub ids: {', '.join(ids)}."
-
-
-def _unknown(pipeline: str, registry: Registry) -> str:
-    if alone := registry.find_component(pipeline):
+def _allowed(wanted: str, registry: Registry) -> str:
+    """What may stand in place of a pipeline that is unknown, the nearest names first, and the ways to have another one."""
+    if alone := registry.find_component(wanted):
         family, repository = alone
-        return f"{pipeline!r} is no pipeline but a component alone, the {repository.component} of {family.name}."
-    if is_hub_id(pipeline):
-        what = f"{pipeline!r} is no replica, no local directory, and not in the hub's cache on this machine."
-        return f"{what} {_known(pipeline, registry)} To download it, run with --diffopt-hub (or pass allow_hub=True)."
-    return f"{pipeline!r} is no replica, no local directory, and no hub id ('org/name'). {_known(pipeline, registry)}"
+        return f"it is a component alone, the {repository.component} of {family.name}: name a pipeline"
+    names = sorted(registry.families)
+    hint = did_you_mean(wanted, [*names, *_hub_ids(registry)], 2)
+    if (full := registry.find_full_size(wanted)) is not None:
+        alike = [one.name for one in registry.families.values() if one.pipeline_class == full.pipeline_class]
+        known = f"it is a full-size model, for forecast.model, and to run it a replica is needed: {', '.join(alike or names)}"
+    elif is_hub_id(wanted):
+        known = f"{hint}hub ids with a replica: {', '.join(_hub_ids(registry))}"
+    else:
+        known = f"{hint}replicas: {', '.join(names)}"
+    if is_hub_id(wanted):
+        known += "; it is not in the hub's cache on this machine, to download it: --diffopt-hub (allow_hub=True)"
+    return (
+        f"{known}. Or give a directory with a {_INDEX}, a factory ('package.module:function'), or register a replica "
+        "(the hook pytest_diffopt_register_replicas)"
+    )
+
+
+def _hub_ids(registry: Registry) -> list[str]:
+    return sorted((one for family in registry.families.values() for one in family.hub_ids), key=str.casefold)

@@ -112,7 +112,6 @@ def _tiny(turbo: bool) -> Description:
                 "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
                 "layers_per_block": 1,
                 "transformer_layers_per_block": (1, 1),
-                "time_embedding_dim": 128,
                 "attention_head_dim": (2, 2),  # the number of heads, in this class
                 "cross_attention_dim": 2 * _CLIP_WIDTH,
                 "addition_time_embed_dim": _SIZE_WIDTH,

@@ -179,7 +179,7 @@ def test_fails_by_itself(recipe):
     raise ZeroDivisionError("of its own")
 
 @recipes(SMALL, SMALL.replace(name="again"))
-@pytest.mark.max_memory("14GiB", forecast="FLUX.1-dev")
+@pytest.mark.diffopt_max_memory("14GiB", forecast="FLUX.1-dev")
 def test_tight(recipe):
     pass
 """

@@ -51,7 +51,7 @@ import unittest
 def test_one_graph_passes():
     run(double)
 
-@pytest.mark.compile_fullgraph
+@pytest.mark.diffopt_compile_fullgraph
 def test_break_fails():
     run(breaks)
 
@@ -128,7 +128,7 @@ def test_max_recompiles_counts_and_is_not_fooled(run_pytest: RunPytest, pytester
         + """
 from pytest_diffopt import max_recompiles
 
-pytestmark = pytest.mark.max_recompiles(2)
+pytestmark = pytest.mark.diffopt_max_recompiles(2)
 
 def test_module_limit_passes():
     run(double, (3, 4, 5))
@@ -151,7 +151,7 @@ def test_an_exhausted_limit_fails():
 def test_nothing_fails():
     pass
 
-@pytest.mark.compile_fullgraph
+@pytest.mark.diffopt_compile_fullgraph
 def test_both_fails(compile_watch):
     run(breaks, (3, 4, 5, 6, 7))
     assert compile_watch.record.graph_breaks
@@ -161,7 +161,7 @@ def test_the_fixture_is_the_same_watch_passes(compile_watch):
     run(double, (3, 4))
     assert len(compile_watch.record.recompiles) == 1
 
-@pytest.mark.max_recompiles(gb=3)
+@pytest.mark.diffopt_max_recompiles(gb=3)
 def test_wrong_argument_errors():
     run(double)
 
@@ -246,7 +246,7 @@ def test_quantized_pipeline_is_what_the_marker_says(run_pytest: RunPytest, pytes
 
         def test_unmarked(quantized_pipeline): ...
 
-        @pytest.mark.quantization("bitsandbytes_5bit")
+        @pytest.mark.diffopt_quantization("bitsandbytes_5bit")
         def test_wrong(quantized_pipeline): ...
         """
     )
@@ -273,7 +273,7 @@ def test_max_memory_holds_the_peak_that_the_accelerator_really_had(
         def test_at_the_limit(weights, accelerator):
             torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
 
-        @pytest.mark.max_memory("3071B")
+        @pytest.mark.diffopt_max_memory("3071B")
         def test_above_it_though_it_is_gone_at_the_end(weights, accelerator):
             torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
 
@@ -358,7 +358,7 @@ def test_memory_watch_tells_what_a_test_did(run_pytest: RunPytest, pytester: pyt
 def test_a_wrong_max_memory_is_named(
     run_pytest: RunPytest, pytester: pytest.Pytester, marker: str, message: str
 ) -> None:
-    pytester.makepyfile(f"import pytest\n\n@pytest.mark.{marker}\ndef test_marked(): ...")
+    pytester.makepyfile(f"import pytest\n\n@pytest.mark.diffopt_{marker}\ndef test_marked(): ...")
     result = run_pytest()
     assert result.parseoutcomes() == {"errors": 1}
     result.stdout.fnmatch_lines([f"*: {message}".replace("[", "[[]")])

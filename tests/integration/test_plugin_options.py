@@ -79,6 +79,28 @@ def test_a_wrong_value_is_a_usage_error_that_names_it(
 
 def test_the_markers_and_fixtures_are_listed(run_pytest: RunPytest) -> None:
     listed = run_pytest("--markers").stdout
-    listed.fnmatch_lines(["@pytest.mark.max_recompiles(limit): *"])
-    listed.fnmatch_lines(["@pytest.mark.compile_fullgraph: *"])
-    run_pytest("--fixtures").stdout.fnmatch_lines(["accelerator *", "compile_watch *", "observation *"])
+    listed.fnmatch_lines(["@pytest.mark.diffopt_max_recompiles(limit): *"])
+    listed.fnmatch_lines(["@pytest.mark.diffopt_compile_fullgraph: *"])
+    run_pytest("--fixtures").stdout.fnmatch_lines_random(["accelerator *", "compile_watch *", "observation *"])
+
+
+@pytest.mark.parametrize("arguments", [(), ("-q", "-n", "1")], ids=["alone", "in a worker"])
+def test_what_takes_long_and_happens_once_is_one_line_on_stderr_and_in_no_captured_output(
+    run_pytest: RunPytest, pytester: pytest.Pytester, arguments: tuple[str, ...]
+) -> None:
+    if arguments:
+        pytest.importorskip("xdist")
+    pytester.makepyfile(
+        """
+        import time
+        from pytest_diffopt.notices import announced
+
+        def test_it(capfd):
+            with announced("building it"):
+                time.sleep(0.3)
+            assert capfd.readouterr() == ("", "")
+        """
+    )
+    result = run_pytest(*arguments)
+    assert result.parseoutcomes() == {"passed": 1}
+    assert result.errlines == ["diffopt: building it"]

@@ -224,12 +224,20 @@ def test_a_wrong_file_fails_at_collection_with_every_mistake(run_pytest: RunPyte
 
 def test_what_the_installation_lacks_is_told_at_collection(run_pytest: RunPytest, files: pytest.Pytester) -> None:
     files.path.joinpath("a.recipes.toml").write_text(
-        '[recipe.x]\npipeline = "no.such.module:factory"\n[recipe.y]\npipeline = "os:no_such_name"\n', encoding="utf-8"
+        '[recipe.x]\npipeline = "no.such.module:factory"\n[recipe.y]\npipeline = "os:no_such_name"\n'
+        '[recipe.z]\npipeline = "tiny-fluks"\n[recipe.z1]\nextends = "z"\n[recipe.z2]\nextends = "z1"\n',
+        encoding="utf-8",
     )
     result = run_pytest()
     result.stdout.fnmatch_lines(
-        ["a.recipes.toml: 2 mistakes", "  recipe.x.pipeline: *no.such.module*", "  recipe.y.pipeline: *no_such_name*"]
+        [
+            "a.recipes.toml: 3 mistakes",
+            "  recipe.x.pipeline: *no.such.module*",
+            "  recipe.y.pipeline: *no_such_name*",
+            "  recipe.z.pipeline (and 2 more: recipe.z1.pipeline, recipe.z2.pipeline): found 'tiny-fluks'; did you mean *",
+        ]
     )
+    assert result.stdout.str().count("tiny-fluks") == 1
 
 
 def test_a_junit_report_has_the_verdicts(run_pytest: RunPytest, files: pytest.Pytester) -> None:
@@ -327,7 +335,7 @@ from pytest_diffopt import Recipe, recipes
 def test_it(recipe, observation):
     assert observation.name == recipe.name
 
-@pytest.mark.recipes("b.recipes.toml")
+@pytest.mark.diffopt_recipes("b.recipes.toml")
 class TestClass:
     def test_observation_alone(self, observation):
         assert observation.name == "other"
@@ -351,13 +359,13 @@ def test_a_wrong_recipes_marker_fails_its_test_alone(run_pytest: RunPytest, file
         """
         import pytest
 
-        @pytest.mark.recipes("nowhere.recipes.toml")
+        @pytest.mark.diffopt_recipes("nowhere.recipes.toml")
         def test_missing(observation): ...
 
-        @pytest.mark.recipes(3)
+        @pytest.mark.diffopt_recipes(3)
         def test_wrong(recipe): ...
 
-        @pytest.mark.recipes("a.recipes.toml")
+        @pytest.mark.diffopt_recipes("a.recipes.toml")
         def test_takes_none(): ...
 
         def test_unmarked(recipe): ...

@@ -313,8 +313,34 @@ def test_a_repository_of_one_component_is_known_but_is_no_pipeline(
     with pytest.raises(ReplicaError) as raised:
         resolve("madebyollin/sdxl-vae-fp16-fix")
     assert str(raised.value) == (
-        "'madebyollin/sdxl-vae-fp16-fix' is no pipeline but a component alone, the vae of tiny-sdxl."
+        "pipeline: found 'madebyollin/sdxl-vae-fp16-fix'; "
+        "it is a component alone, the vae of tiny-sdxl: name a pipeline"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "controlled"),
+    [
+        ("tiny-sd", "StableDiffusionControlNetPipeline"),
+        ("tiny-sdxl", "StableDiffusionXLControlNetPipeline"),
+    ],
+)
+def test_a_controlnet_made_of_the_unet_runs_with_it(name: str, controlled: str) -> None:
+    diffusers = import_module("diffusers")
+    family = families()[name]
+    plain = family.build(None)
+    controlnet = diffusers.ControlNetModel.from_unet(plain.unet)
+    torch.nn.init.eye_(controlnet.controlnet_mid_block.weight.flatten(1))  # zeros would leave the image as it is
+    pipeline = getattr(diffusers, controlled).from_pipe(plain, controlnet=controlnet)
+    height, width, *_ = family.default_size
+    call = {"prompt": "a", "num_inference_steps": 1, "height": height, "width": width, "output_type": "np"}
+    control = torch.linspace(0, 1, height * width).reshape(1, 1, height, width).expand(1, 3, -1, -1)
+    images = [
+        pipeline(image=control, generator=torch.Generator().manual_seed(0), **call).images,
+        plain(generator=torch.Generator().manual_seed(0), **call).images,
+    ]
+    assert images[0].shape == images[1].shape == (1, height, width, 3)
+    assert abs(images[0] - images[1]).max() > 1e-3
 
 
 def test_the_guide_lists_every_replica_with_its_size_and_hub_ids() -> None:

@@ -79,7 +79,7 @@ def test_timed_calls_that_fail_are_a_note_and_no_failure() -> None:
     assert "the timed calls ended with RuntimeError: enough" in seen.notes
 
 
-@pytest.mark.requires_gpu(backends=["cuda"])
+@pytest.mark.diffopt_requires_gpu(backends=["cuda"])
 def test_on_a_gpu_a_compiled_model_has_a_latency() -> None:
     from pytest_diffopt.accelerators import select
 

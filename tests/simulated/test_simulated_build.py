@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pytest_diffopt.accelerators.simulated import build
-from pytest_diffopt.errors import UnverifiableError
+from pytest_diffopt.documentation.processes import Server
+from pytest_diffopt.errors import DiffoptError, UnverifiableError
+from pytest_diffopt.notices import Show, shown_by
 
 # A compiler that is quick: it notes each call and makes what it was told to make.
 COMPILER = """#!{python}
@@ -27,7 +32,7 @@ pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("made")
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, announced: list[str]) -> Path:
     """What the quick compiler made, a line each; the cache is empty."""
     log, compiler = tmp_path / "log", tmp_path / "quick-c++"
     compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
@@ -35,6 +40,20 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(tmp_path / "cache"))
     return log
+
+
+@pytest.fixture
+def announced() -> Iterator[list[str]]:
+    """What was announced."""
+    texts: list[str] = []
+
+    @contextlib.contextmanager
+    def listen(text: str, after_seconds: float) -> Iterator[Show]:
+        texts.append(text)
+        yield texts.append
+
+    with shown_by(listen):
+        yield texts
 
 
 def made(log: Path) -> list[str]:
@@ -49,6 +68,22 @@ def test_it_is_built_once_and_then_found(log: Path) -> None:
     assert build.ensure_library() == first
     assert len(made(log)) == count + 1
     assert sorted(path.name for path in first.parent.iterdir()) == ["device.so", "device.so.sha256", "lock"]
+
+
+def test_it_is_announced_with_how_far_it_is_and_only_where_it_is_built(log: Path, announced: list[str]) -> None:
+    build.ensure_library()
+    count = len(list(build.SOURCES.glob("*.cpp")))
+    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about half a minute)"
+    assert announced == [what, *(f"{what}: {done} of {count} files" for done in range(1, count + 1))]
+    build.ensure_library()
+    assert len(announced) == count + 1
+
+
+def test_the_process_that_runs_pages_lets_its_parent_announce_it(log: Path, announced: list[str]) -> None:
+    with Server("sim") as server, pytest.raises(DiffoptError):  # what the quick compiler made is no library
+        server.run(lambda folder: pytest.fail("nothing can be run"), seconds=60)
+    assert made(log)[-1] == "device.so"
+    assert [text.partition(" (")[0] for text in announced] == ["building the simulated accelerator"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "of another", "gone", "no checksum"])

@@ -57,17 +57,17 @@ NEEDY = "ModuleNotFoundError: No module named 'a_missing_dependency'"
 )
 def test_a_factory_that_cannot_be_had_is_named_with_the_reason(reference: str, expected: list[str]) -> None:
     assert problems(reference) == [f"recipe.a.pipeline: found {reference!r}; {reason}" for reason in expected]
-    compiled = problems("tiny", compilation={"component": "unet", "backend": reference})
+    compiled = problems("tiny-sd", compilation={"component": "unet", "backend": reference})
     assert compiled == [f"recipe.a.compilation.backend: found {reference!r}; {reason}" for reason in expected]
 
 
 def test_an_unknown_compile_backend_is_named() -> None:
     pytest.importorskip("torch")
     listed = [Compilation("unet"), Compilation("vae", backend="aot_eger")]
-    (mistake,) = problems("tiny", compilation=listed)
+    (mistake,) = problems("tiny-sd", compilation=listed)
     assert mistake.startswith("recipe.a.compilation[1].backend: found 'aot_eger'; did you mean 'aot_eager'? allowed: ")
     assert "inductor" in mistake
-    assert problems("tiny", compilation=[Compilation("unet", backend="aot_eager"), Compilation("vae")]) == []
+    assert problems("tiny-sd", compilation=[Compilation("unet", backend="aot_eager"), Compilation("vae")]) == []
 
 
 def test_an_unknown_dynamo_setting_or_a_wrong_type_is_named() -> None:
@@ -79,7 +79,7 @@ def test_an_unknown_dynamo_setting_or_a_wrong_type_is_named() -> None:
         "verbose": 1,
         "zzzzzz": 1,
     }
-    near, wrong, unknown = problems("tiny", dynamo=settings_)
+    near, wrong, unknown = problems("tiny-sd", dynamo=settings_)
     assert near.startswith(
         "recipe.a.dynamo.capture_scalar_output: found an unknown setting; did you mean 'capture_scalar_outputs'"
     )
@@ -93,7 +93,7 @@ def test_an_unknown_dynamo_setting_or_a_wrong_type_is_named() -> None:
 def test_without_torch_only_imports_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     unchecked = {"compilation": {"component": "unet", "backend": "no"}, "dynamo": {"zzz": 1}}
-    assert problems("tiny", **unchecked) == []
+    assert problems("tiny-sd", **unchecked) == []
     assert len(problems("no_factories:make", **unchecked)) == 1
 
 
@@ -133,12 +133,33 @@ def test_a_hub_id_has_the_components_of_the_replica_that_stands_for_it_unless_it
     assert problems_with_installation(recipe, allow_hub=True) == []
     monkeypatch.chdir(tmp_path)
     (tmp_path / hub_id).mkdir(parents=True)
+    (tmp_path / hub_id / "model_index.json").write_text("{}")
     assert problems(hub_id, compilation=compiled) == []
 
 
-@pytest.mark.parametrize("pipeline", ["some-org/some-model", "no-such-replica", "os:getcwd", dict])
+@pytest.mark.parametrize("pipeline", ["some-org/some-model", "os:getcwd", dict])
 def test_components_of_a_pipeline_that_must_be_built_to_know_them_are_left_unchecked(pipeline: Any) -> None:
-    assert problems(pipeline, compilation=Compilation("anything")) == []
+    recipe = Recipe("a", pipeline, compilation=Compilation("anything"))
+    assert problems_with_installation(recipe, allow_hub=True) == []
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "near"),
+    [
+        ("tiny-fluks", "did you mean 'tiny-flux' or 'tiny-sd'? replicas: tiny-cogvideox, "),
+        ("black-forest-labs/FLUX.2", "did you mean 'black-forest-labs/FLUX.1-dev' or "),
+        ("flux.1-dev", "it is a full-size model, "),
+        ("zzz", "replicas: tiny-cogvideox, "),
+    ],
+)
+def test_a_pipeline_that_is_nowhere_is_one_mistake(pipeline: str, near: str) -> None:
+    (mistake,) = problems(pipeline, compilation=Compilation("anything"))
+    assert mistake.startswith(f"recipe.a.pipeline: found {pipeline!r}; {near}")
+
+
+def test_a_full_size_model_may_be_the_pipeline_of_a_recipe_that_asks_for_its_forecast() -> None:
+    assert problems("flux.1-dev", forecast={"max_memory": "16GiB"}) == []
+    assert len(problems("flux.1-dev", forecast={"max_memory": "16GiB", "model": "flux.1-dev"})) == 1
 
 
 def test_a_family_that_a_third_party_registered_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:

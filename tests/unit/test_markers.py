@@ -106,20 +106,20 @@ def test_the_decorators_make_the_marks_of_pytest() -> None:
 
     marks = {mark.name: (mark.args, mark.kwargs) for mark in vars(decorated)["pytestmark"]}
     assert marks == {
-        "compile_fullgraph": ((), {}),
-        "max_recompiles": ((3,), {}),
-        "requires_gpu": ((), {"min_memory": "12GiB"}),
+        "diffopt_compile_fullgraph": ((), {}),
+        "diffopt_max_recompiles": ((3,), {}),
+        "diffopt_requires_gpu": ((), {"min_memory": "12GiB"}),
     }
 
 
 def test_a_bare_decorator_is_a_mark_for_pytestmark_and_for_param() -> None:
-    assert compile_fullgraph.mark == pytest.mark.compile_fullgraph.mark
+    assert compile_fullgraph.mark == pytest.mark.diffopt_compile_fullgraph.mark
     assert pytest.param(1, marks=compile_fullgraph).marks == (compile_fullgraph,)
 
 
 @pytest.mark.parametrize("marker", MARKERS.values(), ids=list(MARKERS))
 def test_the_first_line_of_a_markers_docstring_is_its_help(marker: Any) -> None:
-    assert MARKER_LINES[marker.name] == marker.line()
+    assert MARKER_LINES[marker.mark_name()] == marker.line()
     assert dataclasses.is_dataclass(marker)
 
 

@@ -111,6 +111,20 @@ def test_what_is_missing_here_is_a_reason_to_skip(run: BlockRun, sentence: str) 
 
 
 @pytest.mark.parametrize(
+    ("owner", "is_placeholder"),
+    [
+        *((one, True) for one in ("username", "user", "your-username", "your_org", "YourName", "hf-user", "org-name")),
+        *((one, True) for one in ("path", "namespace", "your", "your-namespace", "<your-name>")),
+        *((one, False) for one in ("diffusers", "diffusers-internal-dev", "pathfinder", "yourbench", "superuser2")),
+    ],
+)
+def test_an_owner_is_a_placeholder_by_whole_words(owner: str, is_placeholder: bool) -> None:
+    name = f"{owner}/model"
+    verdict = judged(raised("OSError", f"We couldn't find {name} in the cache"), ids=(name,))
+    assert verdict.sentence == f"no replica stands for {name!r}" + ": it is a placeholder" * is_placeholder
+
+
+@pytest.mark.parametrize(
     ("run", "word"),
     [
         (raised("PermissionError", "[Errno 13] Permission denied: '/etc/x'", "OSError"), "outside of its own folder"),

@@ -33,6 +33,7 @@ from pytest_diffopt.replicas import (
     stable_diffusion_3,
     stable_diffusion_xl,
     tokenizers,
+    unresolved,
     wan,
 )
 from pytest_diffopt.replicas.initialization import randomize, reproducible
@@ -426,12 +427,18 @@ def test_an_existing_directory_resolves_to_itself(tmp_path: Path) -> None:
 def test_a_directory_without_a_pipeline_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ReplicaError) as raised:
         resolve(str(tmp_path), allow_hub=True)
-    assert (
-        str(raised.value) == f"The directory {str(tmp_path)!r} holds no diffusers pipeline: it lacks model_index.json."
+    assert str(raised.value) == (
+        f"pipeline: found {str(tmp_path)!r}; the directory holds no diffusers pipeline: it lacks model_index.json"
     )
 
 
-def test_an_unknown_hub_id_is_refused_with_the_nearest_first_and_the_way_to_the_hub(
+WAYS = (
+    "Or give a directory with a model_index.json, a factory ('package.module:function'), or register a replica "
+    "(the hook pytest_diffopt_register_replicas)"
+)
+
+
+def test_an_unknown_hub_id_is_refused_with_the_nearest_and_all_sorted_and_the_way_to_the_hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -441,18 +448,35 @@ def test_an_unknown_hub_id_is_refused_with_the_nearest_first_and_the_way_to_the_
     with pytest.raises(ReplicaError) as raised:
         resolve("org/FLUX.1-deb", registry=registry)
     assert str(raised.value) == (
-        "'org/FLUX.1-deb' is no replica, no local directory, and not in the hub's cache on this machine. "
-        "Replicas: tiny-flux, tiny-far. "
-        "They stand for the hub ids: org/FLUX.1-dev, org/FLUX.1-a, my-org/my-model. "
-        "To download it, run with --diffopt-hub (or pass allow_hub=True)."
+        "pipeline: found 'org/FLUX.1-deb'; did you mean 'org/FLUX.1-dev' or 'org/FLUX.1-a'? "
+        "hub ids with a replica: my-org/my-model, org/FLUX.1-a, org/FLUX.1-dev; "
+        "it is not in the hub's cache on this machine, to download it: --diffopt-hub (allow_hub=True). " + WAYS
     )
+    with pytest.raises(ReplicaError) as raised:
+        resolve("tiny-fluks", registry=registry)
+    assert str(raised.value) == (
+        f"pipeline: found 'tiny-fluks'; did you mean 'tiny-flux' or 'tiny-far'? replicas: tiny-far, tiny-flux. {WAYS}"
+    )
+
+
+def test_a_full_size_model_is_no_pipeline_and_its_replica_is_named() -> None:
+    assert unresolved("flux.1-dev", allow_hub=True) == (
+        f"it is a full-size model, for forecast.model, and to run it a replica is needed: tiny-flux. {WAYS}"
+    )
+
+
+@pytest.mark.parametrize("pipeline", ["tiny-flux", "black-forest-labs/flux.1-DEV", "stabilityai/sdxl-turbo"])
+def test_what_a_replica_stands_for_is_resolved_with_nothing_built(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DIFFOPT_CACHE_DIR", str(tmp_path))
+    assert unresolved(pipeline) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", ["tiny-fluks", "./missing", "/missing/model", "a/b/c", "org/a--b", ""])
 def test_what_is_neither_replica_nor_hub_id_is_refused_even_with_the_hub(wrong: str) -> None:
-    with pytest.raises(
-        ReplicaError, match=r"is no replica, no local directory, and no hub id \('org/name'\)\. Replicas: "
-    ):
+    with pytest.raises(ReplicaError, match=r"replicas: tiny-cogvideox, tiny-flux, .*\. Or give a directory with a "):
         resolve(wrong, allow_hub=True)
 
 
@@ -487,4 +511,7 @@ def test_asking_for_an_unknown_replica_names_those_there_are() -> None:
     assert str(raised.value) == "No replica stands for 'tiny-c'; there are tiny-a, tiny-b."
     with pytest.raises(ReplicaError) as raised:
         hub_cache_environment(["o/c"], registry=registry)
-    assert str(raised.value).startswith("No replica stands for 'o/c'. Replicas: tiny-")
+    assert (
+        str(raised.value)
+        == "No replica stands for 'o/c'; did you mean 'o/b' or 'o/a'? hub ids with a replica: o/a, o/b"
+    )

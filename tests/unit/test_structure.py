@@ -41,7 +41,7 @@ LAYERS = (
     ("references",),
     ("part",),
     ("byte_sizes",),
-    ("errors", "extras", "source_places", "user_cache", "whole_files"),
+    ("errors", "extras", "source_places", "user_cache", "whole_files", "notices"),
 )
 KNOW_PYTEST = {"plugin", "options", "markers", "fixtures", "hookspec", "collection", "report"}
 HEAVY = ("torch", "numpy", "pydantic", "rich", "diffusers", "transformers", "hypothesis")

@@ -19,13 +19,14 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from pytest_diffopt.errors import UnverifiableError
+from pytest_diffopt.notices import announced
 from pytest_diffopt.user_cache import cache_directory
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -149,8 +150,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(compiler: tuple[str, ...], library: Path) -> None:
-    begun = time.monotonic()
-    with _progress() as say, tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
+    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about half a minute)"
+    with announced(what) as show, tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
         workplace = Path(folder)
         sources = sorted(
             SOURCES.glob("*.cpp"), key=lambda path: _ORDER.index(path.stem) if path.stem in _ORDER else len(_ORDER)
@@ -165,7 +166,6 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
             *further_flags(),
         ]
         done = 0
-        say(f"building the simulated accelerator, once for torch {torch.__version__} (0 of {len(sources)})")
         with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
             commands = [
                 [*compiler, *options, "-c", str(source), "-o", str(target)]
@@ -173,9 +173,7 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
             ]
             for _ in pool.map(_run, commands):
                 done += 1
-                say(
-                    f"building the simulated accelerator, once for torch {torch.__version__} ({done} of {len(sources)})"
-                )
+                show(f"{what}: {done} of {len(sources)} files")
         made = workplace / LIBRARY
         libraries = Path(torch.__file__).parent / "lib"
         linking = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10"]
@@ -184,7 +182,6 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n", encoding="utf-8")
         os.replace(made, library)
         os.replace(checksum, library.with_name(checksum.name))
-        say(f"built the simulated accelerator in {time.monotonic() - begun:.0f} s\n")
 
 
 def _run(command: list[str]) -> None:
@@ -196,16 +193,3 @@ def _run(command: list[str]) -> None:
             f"The simulated accelerator was not built: {Path(command[0]).name} failed with {first.strip()} "
             f"(status {ran.returncode}). The command was: {shlex.join(command)}"
         )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """One line that is written over, on a terminal only."""
-    shown = sys.stderr.isatty()
-
-    def say(text: str) -> None:
-        if shown:
-            sys.stderr.write(f"\r\033[K{text}")
-            sys.stderr.flush()
-
-    yield say
