@@ -180,6 +180,12 @@ class MaxRecompiles(Marker):
 
     limit: int = field(metadata=_takes("an int, at least 0"))
 
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
+        if set(kwargs) == {"n"} and not args:  # documented as another name of `limit`
+            kwargs = {"limit": kwargs["n"]}
+        return super().of(args, kwargs)
+
     def __post_init__(self) -> None:
         if type(self.limit) is not int or self.limit < 0:
             raise self._reject("limit", self.limit)

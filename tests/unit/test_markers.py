@@ -112,6 +112,11 @@ def test_the_decorators_make_the_marks_of_pytest() -> None:
     }
 
 
+def test_the_most_recompiles_may_be_called_n() -> None:
+    mark = max_recompiles(n=3).mark
+    assert MaxRecompiles.of(mark.args, mark.kwargs) == MaxRecompiles(3)
+
+
 def test_a_bare_decorator_is_a_mark_for_pytestmark_and_for_param() -> None:
     assert compile_fullgraph.mark == pytest.mark.diffopt_compile_fullgraph.mark
     assert pytest.param(1, marks=compile_fullgraph).marks == (compile_fullgraph,)
