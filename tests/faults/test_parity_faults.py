@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Call, Contract
+from pytest_diffopt import Call, Compilation, Contract, Quantization, Recipe, Verdict, check
+from pytest_diffopt.checks.parity import percent
 
 from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass, inputs
 
@@ -202,6 +203,111 @@ def test_the_first_component_to_differ_is_named(judge: Judge) -> None:
     verdict = judge(factory, component="denoiser", call=Call(), backend=FAULTS["scaled"])["parity"]
     assert verdict.status == "failed"
     assert verdict.sentence.startswith("denoiser, step 0 of call 0 is the first to differ")
+
+
+NF4 = Quantization("bitsandbytes_4bit", kwargs={"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "pipeline"),
+    [
+        ("float32", None, False),
+        ("bfloat16", None, False),
+        ("float16", None, False),
+        ("bfloat16", NF4, False),
+        ("float32", None, True),
+        ("bfloat16", NF4, True),
+    ],
+)
+def test_an_error_of_the_size_that_a_verdict_states_fails_and_half_of_it_passes(
+    judge: Judge, dtype: str, quantization: Quantization | None, pipeline: bool
+) -> None:
+    fields: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "call": Call(inputs=inputs(32, 32, 32))}
+    if pipeline:
+        fields |= {"component": "denoiser", "call": Call()}
+    factory = (lambda: TwoPart(Healthy(), Healthy())) if pipeline else Healthy
+    healthy = judge(factory, **fields)["parity"]
+    assert healthy.status == "passed", healthy.text
+    scale, error = healthy.figures["detects"], healthy.figures["detects_error"]
+    where = "denoiser" if pipeline else "output"
+    assert healthy.figures["detects_in"] == where
+    assert healthy.figures["components"][where]["detects"] == scale
+    assert healthy.sentence.endswith(
+        f"; would have caught a scale that is off by {percent(scale)}, or any error of {percent(error)}, "
+        f"in what comes out of {where}"
+    )
+    assert 0 < scale <= error < 0.2
+
+    def status(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+        return judge(factory, backend=backend(change), **fields)["parity"].status
+
+    assert status(lambda result: result * (1 + 1.01 * scale)) == "failed"
+    assert status(lambda result: result * (1 - 1.01 * scale)) == "failed"
+    rms = lambda result: result.float().square().mean().sqrt().to(result.dtype)  # noqa: E731
+    assert status(lambda result: result + 1.01 * error * rms(result)) == "failed"
+    if not pipeline:  # where several steps add up, less than what is stated may be caught
+        assert status(lambda result: result * (1 + scale / 2)) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.00412, "0.42%"), (0.004, "0.40%"), (0.0213, "2.2%"), (0.3, "30%"), (1.234e-6, "0.00013%"), (2.0, "200%")],
+)
+def test_a_share_is_rounded_up_and_written_out(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
+class Averages(nn.Module):
+    """A decoder in whose output a small offset of its input is large, and rounding is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.layer.weight.copy_((1 + torch.arange(WIDTH)[:, None] / WIDTH).expand(WIDTH, WIDTH) / WIDTH)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+class ThreePart(TwoPart):
+    """Decodes what its denoiser made."""
+
+    def __init__(self) -> None:
+        super().__init__(Healthy(), Healthy())
+        self.components["vae"] = Averages()
+
+    def __call__(self, prompt: str, num_inference_steps: int = 1) -> dict[str, torch.Tensor]:
+        return {"images": self.components["vae"](self.denoise(self.embed(prompt)))}
+
+
+def small_offset(result: torch.Tensor) -> torch.Tensor:
+    return result + 0.006 * result.float().square().mean().sqrt().to(result.dtype)
+
+
+def test_a_component_whose_error_is_first_seen_behind_it_is_the_one_that_is_blamed() -> None:
+    def judged(*compilation: Compilation, dtype: str = "bfloat16") -> Verdict:
+        recipe = Recipe("r", ThreePart, dtype=dtype, compilation=compilation, call=Call(num_inference_steps=1))
+        return next(one for one in check(recipe) if one.check == "parity")
+
+    faulty = Compilation("denoiser", backend=backend(small_offset))
+    verdict = judged(faulty)
+    detects = percent(verdict.figures["components"]["denoiser"]["detects"])
+    assert verdict.status == "failed"
+    assert verdict.sentence.startswith(
+        "denoiser is the first to differ: seen in vae, step 0 of call 0, where the code is that of the reference too, by "
+    )
+    assert verdict.sentence.endswith(f"; in denoiser itself a scale off by less than {detects} is not seen")
+    assert verdict.figures["components"]["denoiser"]["excess"] <= 1
+    both = judged(faulty, Compilation("vae", backend="eager"))
+    assert both.sentence.startswith("denoiser or vae is the first to differ: seen in vae, step 0 of call 0, by ")
+    alone = judged(
+        Compilation("denoiser", backend="eager"), Compilation("vae", backend=FAULTS["scaled"]), dtype="float32"
+    )
+    assert alone.sentence.startswith("vae, step 0 of call 0 is the first to differ: by ")
+    assert judged(Compilation("denoiser", backend="eager"), Compilation("vae", backend="eager")).status == "passed"
 
 
 class AnotherShape(Healthy):
