@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, shortened
+from pytest_diffopt.checks.upcasting import what_stays
+from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.preparation.borrowed_state import RNG_NAMES
 
 if TYPE_CHECKING:
@@ -177,6 +179,31 @@ def judge(given: Evidence) -> Verdict:
         f"{counted(len(comparisons), 'tensor')} equal within {worst.allowed:.2g}, {worst.found.rms:.2g} required "
         f"({figures['yardstick']}){_would_have_caught(seen)}",
         **figures,
+    )
+
+
+def sharper(verdict: Verdict, wide: Evidence | UnverifiableError, dtype: str) -> Verdict:
+    """The verdict of ``contract.parity_dtype``: that of the recipe as it is, where it is no pass, else that in a wider dtype.
+
+    Args:
+        wide: the upcast recipe and its reference, or why there is none.
+    """
+    if verdict.status != "passed":
+        return verdict
+    if isinstance(wide, UnverifiableError):
+        return replace(verdict, status="unverified", sentence=f"cannot be judged in {dtype}: {wide}")
+    if (failure := wide.observation.failure) is not None:
+        return replace(
+            verdict, status="unverified", sentence=f"cannot be judged in {dtype}, where it ends with {failure}"
+        )
+    found = judge(wide)
+    told = [] if found.status == "passed" else [f"as the recipe has it: {verdict.sentence}"]
+    return replace(
+        found,
+        recipe=verdict.recipe,
+        sentence=f"{found.sentence}; judged in {dtype}",
+        evidence=(*found.evidence, *told, *what_stays(wide.observation)),
+        figures={**found.figures, "parity_dtype": dtype},
     )
 
 
