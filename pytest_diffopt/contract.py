@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import PlainValidator
 from pydantic.dataclasses import dataclass
@@ -50,6 +50,8 @@ class Contract(Part):
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak bytes of the warm calls, against the reference without offloading.
         max_memory: peak bytes of any call, the first one too, as an int or like ``"12GiB"``.
+        parity_dtype: ``"float32"`` or ``"float64"``: the check parity judges the recipe and its reference in that dtype
+            too, where rounding hides less. Both run once more for it.
 
     Raises:
         RecipeError: with every wrong field.
@@ -63,6 +65,7 @@ class Contract(Part):
     parity_multiple: PositiveNumber | None = None
     max_memory_ratio: PositiveNumber | None = None
     max_memory: Memory | None = None
+    parity_dtype: Literal["float32", "float64"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

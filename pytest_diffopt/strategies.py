@@ -253,6 +253,7 @@ def contracts() -> st.SearchStrategy[Contract]:
             "parity_multiple": st.none() | _positive_numbers,
             "max_memory_ratio": st.none() | _positive_numbers,
             "max_memory": st.none() | st.integers(1, 2**40) | sizes,
+            "parity_dtype": st.sampled_from([None, "float32", "float64"]),
         },
     ).map(lambda fields: Contract(**fields))
 

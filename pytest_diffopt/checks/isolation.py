@@ -102,7 +102,9 @@ def causes_of(verdict: Verdict, places: Iterable[tuple[str, str]] = ()) -> froze
     if verdict.check == "state":
         return frozenset(verdict.figures.get("changed", ()))
     if " is the first to differ: " in verdict.sentence:
-        return frozenset({re.split(r",| is the first to differ: ", verdict.sentence)[0] + " differs"})
+        named = verdict.sentence.partition(" is the first to differ: ")[0]
+        named = re.sub(r", (?:step \d+ of )?call \d+$", "", named)  # which of its runs it was is no other failure
+        return frozenset(f"{one} differs" for one in re.split(r", | or ", named))
     return frozenset(_stem(problem) for problem in verdict.sentence.split("; "))
 
 

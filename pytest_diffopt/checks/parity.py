@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, shortened
+from pytest_diffopt.checks.upcasting import what_stays
+from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.preparation.borrowed_state import RNG_NAMES
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     Array = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 NAME = "parity"
+
+RESULT, INPUTS_AFTER = "output", "inputs after the call"
+"""What is written for the component of what the pipeline returns, and of what a call leaves in its inputs."""
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 EPSILON |= {"complex128": 2.0**-52, "complex64": 2.0**-23, "uint8": 1.1 / 255, "int8": 1.1 / 127}
@@ -71,6 +76,18 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The smallest errors of one tensor that its comparison would have failed, relative to its size.
+
+    Attributes:
+        scale: every element times 1 ± so much. error: any difference whose root mean square is so much.
+    """
+
+    scale: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One tensor of the optimized run against the reference: what was found, and what is allowed."""
 
@@ -82,6 +99,7 @@ class Comparison:
     allowed_gain: float
     required: float
     slice_excess: float = 0.0
+    seen: Seen | None = None
 
     @property
     def excess(self) -> float:
@@ -132,11 +150,20 @@ def judge(given: Evidence) -> Verdict:
         "yardstick": own_yardstick(reference),
         "components": by_component(comparisons),
     }
+    changed = changed_components(given)
+    meant = {name for name, how in changed.items() if how == "compiled"} or changed
+    seen = {name: found for name, found in seen_in(comparisons).items() if name in meant}
+    least = max(seen.items(), key=lambda one: one[1].scale, default=None)
+    figures |= {
+        "detects": None if least is None else _short(least[1].scale),
+        "detects_error": None if least is None else _short(least[1].error),
+        "detects_in": "" if least is None else least[0],
+    }
     if worst.excess > 1:
         first = next(c for c in comparisons if c.excess > 1)
         return given.failed(
             NAME,
-            f"{describe(first.output)} is the first to differ: {_measured(first)}",
+            _blamed(first, comparisons, changed),
             evidence=[
                 *shortened([_line(c) for c in comparisons if c.excess > 1]),
                 f"a parity_multiple of {required:.3g} would have been required, {given.limits.parity_multiple:g} is set",
@@ -150,8 +177,33 @@ def judge(given: Evidence) -> Verdict:
     return given.passed(
         NAME,
         f"{counted(len(comparisons), 'tensor')} equal within {worst.allowed:.2g}, {worst.found.rms:.2g} required "
-        f"({figures['yardstick']})",
+        f"({figures['yardstick']}){_would_have_caught(seen)}",
         **figures,
+    )
+
+
+def sharper(verdict: Verdict, wide: Evidence | UnverifiableError, dtype: str) -> Verdict:
+    """The verdict of ``contract.parity_dtype``: that of the recipe as it is, where it is no pass, else that in a wider dtype.
+
+    Args:
+        wide: the upcast recipe and its reference, or why there is none.
+    """
+    if verdict.status != "passed":
+        return verdict
+    if isinstance(wide, UnverifiableError):
+        return replace(verdict, status="unverified", sentence=f"cannot be judged in {dtype}: {wide}")
+    if (failure := wide.observation.failure) is not None:
+        return replace(
+            verdict, status="unverified", sentence=f"cannot be judged in {dtype}, where it ends with {failure}"
+        )
+    found = judge(wide)
+    told = [] if found.status == "passed" else [f"as the recipe has it: {verdict.sentence}"]
+    return replace(
+        found,
+        recipe=verdict.recipe,
+        sentence=f"{found.sentence}; judged in {dtype}",
+        evidence=(*found.evidence, *told, *what_stays(wide.observation)),
+        figures={**found.figures, "parity_dtype": dtype},
     )
 
 
@@ -162,12 +214,15 @@ def own_yardstick(reference: Observation) -> str:
     return "against the reference run again, and its dtype's rounding"
 
 
-def by_component(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float]]:
+def by_component(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float | None]]:
     """Component → the worst of its tensors: ``required`` and ``allowed``, relative to their size, the ``floor``, and
-    ``excess``, how many times over what is allowed. What the pipeline returns is called ``output``."""
+    ``excess``, how many times over what is allowed. ``detects`` and ``detects_error`` are the smallest errors in its
+    outputs that would have failed, a scale and any other; None where none is known. What the pipeline returns is called
+    ``output``."""
     worst: dict[str, Comparison] = {}
+    seen = seen_in(comparisons := list(comparisons))
     for c in comparisons:
-        name = c.output.component or "output"
+        name = c.output.component or RESULT
         if name not in worst or c.excess > worst[name].excess:
             worst[name] = c
     return {
@@ -176,16 +231,99 @@ def by_component(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float
             "allowed": float(f"{c.allowed:.3g}"),
             "floor": float(f"{c.floor:.3g}"),
             "excess": float(f"{c.excess:.3g}"),
+            "detects": _short(seen[name].scale) if name in seen else None,
+            "detects_error": _short(seen[name].error) if name in seen else None,
         }
         for name, c in worst.items()
     }
+
+
+def seen_in(comparisons: Iterable[Comparison]) -> dict[str, Seen]:
+    """Component → the smallest errors in all that it returns that this comparison would have failed.
+
+    Of a component's first run in the first call: what comes later may be other than recorded, where that was wrong. The
+    coarsest of its tensors counts, so that an error in any one of them is meant.
+    """
+    found: dict[str, Seen] = {}
+    for c in comparisons:
+        if c.seen is not None:
+            name = c.output.component or RESULT
+            before = found.get(name, Seen(0.0, 0.0))
+            found[name] = Seen(max(before.scale, c.seen.scale), max(before.error, c.seen.error))
+    return found
+
+
+def changed_components(given: Evidence) -> dict[str, str]:
+    """Component → what the recipe has done to it that the reference does without: ``compiled``, or ``offloaded``."""
+    names = {record.name: "compiled" for record in given.observation.components if record.compiled}
+    names |= dict.fromkeys(given.compiled_components, "compiled")
+    if given.recipe.offloading is not None:
+        moved = given.recipe.offloading.components or [record.name for record in given.observation.components]
+        names = {**dict.fromkeys(moved, "offloaded"), **names}
+    if names and all(output.component in ("", INPUTS_AFTER) for output in given.observation.outputs):
+        names[RESULT] = names.get("model", "compiled")  # a plain module: what comes out of it is the result
+    return names
+
+
+def percent(share: float) -> str:
+    """A share in per cent, two figures, rounded up and never as a power of ten: ``0.42%``."""
+    if not 0 < share < math.inf:
+        return "0%" if share == 0 else "no size"
+    digits = 1 - math.floor(math.log10(100 * share))
+    rounded = math.ceil(100 * share * 10**digits - 1e-9) / 10**digits
+    return f"{rounded:.{max(0, digits)}f}%"
+
+
+def _would_have_caught(seen: dict[str, Seen]) -> str:
+    if not seen:
+        return ""
+    name, least = max(seen.items(), key=lambda one: one[1].scale)
+    where = name if len(seen) == 1 else f"{name}, and smaller ones in {', '.join(n for n in seen if n != name)}"
+    return (
+        f"; would have caught a scale that is off by {percent(least.scale)}, or any error of {percent(least.error)}, "
+        f"in what comes out of {where}"
+    )
+
+
+ENLARGED = 8.0
+"""How many times an unseen error of one component may be larger, relative to its size, in one that comes after it."""
+
+
+def _blamed(first: Comparison, comparisons: list[Comparison], changed: dict[str, str]) -> str:
+    """Which component is at fault: the first one to differ, unless one before it may have made that with an error too small
+    to be seen in its own output."""
+    place = comparisons.index(first)
+    name = first.output.component
+    seen = seen_in(comparisons)
+    before = dict.fromkeys(
+        c.output.component
+        for c in comparisons[:place]
+        if c.output.call == first.output.call and c.output.component in changed and c.output.component != name
+    )
+    own = (name or RESULT) in changed or not changed or name == INPUTS_AFTER
+    if own:
+        before = {one: None for one in before if one in seen and ENLARGED * seen[one].error >= first.found.rms}
+    if not before:
+        return f"{describe(first.output)} is the first to differ: {_measured(first)}"
+    unseen = "; ".join(
+        f"in {one} itself a scale off by less than {percent(seen[one].scale)} is not seen"
+        for one in before
+        if one in seen
+    )
+    suspects = [*before, *([name] if own and name else [])]
+    among = " or ".join([", ".join(suspects[:-1]), suspects[-1]] if len(suspects) > 1 else suspects)
+    as_it_is = "" if own else f", where the code is that of the reference{' too' if name else ''}"
+    return (
+        f"{among} is the first to differ: seen in {describe(first.output)}{as_it_is}, {_measured(first)}"
+        f"{'; ' if unseen else ''}{unseen}"
+    )
 
 
 def describe(output: Output) -> str:
     """Which tensor, in words: ``transformer, step 2 of call 0``."""
     name = output.component or "the output"
     leaf = "" if output.leaf in ("0", "images", "sample") else f".{output.leaf}"
-    step = f"step {output.step} of " if output.component and output.component != "inputs after the call" else ""
+    step = f"step {output.step} of " if output.component and output.component != INPUTS_AFTER else ""
     return f"{name}{leaf}, {step}call {output.call}"
 
 
@@ -220,7 +358,7 @@ def _degenerate(observation: Observation, whose: str = "") -> str:
         return f"nothing came out{whose}"
     for output in observation.outputs:
         # masks hold infinities on purpose; what a component or the pipeline returns does not
-        if not output.finite and output.component != "inputs after the call" and output.call in own_calls:
+        if not output.finite and output.component != INPUTS_AFTER and output.call in own_calls:
             return f"{describe(output)}{whose} is not finite (NaN or infinity)"
     for call in sorted({o.call for o in results}):
         primary = _primary([o for o in results if o.call == call])
@@ -301,8 +439,10 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
     floors = {} if draws else _repetition_floors(reference)
     own_calls = _own_calls(own)
     comparisons = []
+    first_runs: dict[str, tuple[int, int]] = {}
     for output in own.outputs:
         expected = theirs[output.key]
+        first_run = first_runs.setdefault(output.component, (output.call, output.step))
         if output.call not in own_calls and not (output.finite and expected.finite):
             continue
         rounding = ROUNDINGS * epsilon(output, own)
@@ -322,14 +462,19 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
         # what is allowed of each quantity: a multiple of its measured floor, and some roundings whatever the floor
         rms, largest = max(floor.rms, repeat), 2 * max(floor.largest, repeat)
         spare_gain = GAIN_SIGMAS * error + rounding / 8
+        allowed, allowed_gain = multiple * rms + rounding, multiple * gain_floor + spare_gain
+        seen = None
+        if first_run == (output.call, output.step) and output.component != INPUTS_AFTER:
+            seen = _seen(output, found, allowed, allowed_gain, measured=yardstick is not None)
         comparisons.append(
             Comparison(
                 output=output,
                 found=found,
                 floor=floor.rms,
-                allowed=multiple * rms + rounding,
+                allowed=allowed,
                 allowed_largest=multiple * largest + 4 * rounding,
-                allowed_gain=multiple * gain_floor + spare_gain,
+                allowed_gain=allowed_gain,
+                seen=seen,
                 slice_excess=slices,
                 required=max(
                     _needed(found.rms, rounding, rms),
@@ -340,6 +485,33 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
             )
         )
     return comparisons
+
+
+def _seen(output: Output, found: Distance, allowed: float, allowed_gain: float, *, measured: bool) -> Seen | None:
+    """The smallest errors that would have failed, had this very output had them; None where there is none that would.
+
+    What is already off may lie the other way, and an output that is wrong is rounded to its dtype like any other: both are
+    added to what is allowed, and a scale of less than half of the dtype's spacing would have been rounded away.
+
+    Args:
+        measured: the tolerance does not grow with what is found, as it came from a higher precision.
+    """
+    import numpy as np
+
+    values = output.array()
+    energy = float(values @ values)
+    if not (output.finite and energy > 0 and math.isfinite(found.rms) and abs(found.gain) < 1):
+        return None
+    spacing = EPSILON.get(output.dtype, EPSILON["float32"])
+    error = (allowed + found.rms + spacing / math.sqrt(12)) / (1 - spacing)
+    # roundings of single elements are even, and their mean scatters by so much
+    scatter = spacing * float(np.sqrt(np.sum(values**4))) / energy / math.sqrt(12)
+    off = allowed_gain + abs(found.gain) + spacing / 8 + 3 * scatter
+    share = 1 - abs(found.gain)
+    if not measured:
+        off, share = off + GAIN_SIGMAS * scatter, share - GAIN_SIGMAS * found.gain_error
+    scale = min(off / share, error / (1 - abs(found.gain))) if share > 0 else error / (1 - abs(found.gain))
+    return Seen(max(scale, spacing / 2), error)
 
 
 def _usable(expected: Output, precise: Output | None) -> Output | None:
@@ -445,6 +617,10 @@ def _distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Distance:
 def _needed(value: float, spare: float, floor: float) -> float:
     """The multiple of a floor that would have allowed a value."""
     return _ratio(max(0.0, value - spare), floor)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def _ratio(value: float, limit: float) -> float:

@@ -22,6 +22,7 @@ from pytest_diffopt.checks import (
     quantization,
     recompiles,
     state,
+    upcasting,
 )
 from pytest_diffopt.checks.evidence import Evidence, ForecastEvidence
 from pytest_diffopt.checks.verdict import Verdict
@@ -207,11 +208,33 @@ class Session:
         except DiffoptError as error:
             return ForecastEvidence(recipe, error=str(error))
 
+    def _judge(self, check: str, given: Evidence) -> Verdict:
+        """The verdict of a check of what was observed; of parity in a wider dtype too, where the contract asks for it."""
+        verdict = CHECKS[check](given)
+        dtype = given.recipe.contract.parity_dtype
+        if check != parity.NAME or dtype is None or verdict.status != "passed":
+            return verdict
+        try:
+            wide = upcasting.upcast(given.recipe, dtype)
+            observation, reference = self._pair(wide)
+            found: Evidence | UnverifiableError = Evidence(wide, observation, given.limits, reference)
+        except UnverifiableError as error:
+            found = error
+        return parity.sharper(verdict, found, dtype)
+
     def evidence(self, recipe: Recipe) -> Evidence:
         """Everything that the other checks of a recipe read: its observation, its reference, its limits."""
+        observation, reference = self._pair(recipe)
+        resident = None
+        if recipe.offloading is not None and observation.memory is not None and observation.failure is None:
+            resident = self.observe(recipe.without("offloading"))
+        return Evidence(recipe, observation, limits_of(recipe), reference, resident)
+
+    def _pair(self, recipe: Recipe) -> tuple[Observation, Observation | None]:
+        """What happened when the recipe ran, and when its eager reference did; None where the recipe did not end."""
         observation = self.observe(recipe)
-        if observation.failure is not None:  # there is nothing to compare
-            return Evidence(recipe, observation, limits_of(recipe))
+        if observation.failure is not None:
+            return observation, None  # there is nothing to compare
         reference = observation
         if recipe.compilation or recipe.offloading is not None:
             # eager also where the factory compiles by itself; otherwise a wrong compiler would be compared with itself
@@ -219,15 +242,13 @@ class Session:
             reference = self._eager(eager) if recipe.compilation else self.observe(eager)
         elif any(region.graph_runs for region in observation.compiles.regions):
             reference = self._observe(recipe, force_eager=True)  # the factory compiles by itself
-        resident = None
-        if recipe.offloading is not None and observation.memory is not None:
-            resident = self.observe(recipe.without("offloading"))
-        return Evidence(recipe, observation, limits_of(recipe), reference, resident)
+        return observation, reference
 
     def judge(self, recipe: Recipe, check: str) -> Verdict:
         """The verdict of one check."""
-        given = self.forecast_evidence(recipe) if check == forecast.NAME else self.evidence(recipe)
-        return CHECKS[check](given)
+        if check == forecast.NAME:
+            return CHECKS[check](self.forecast_evidence(recipe))
+        return self._judge(check, self.evidence(recipe))
 
     def isolated(self, recipe: Recipe, verdict: Verdict) -> Verdict:
         """A failed verdict with the smallest subset of the recipe's parts that fails in the same way, of a recipe with
@@ -254,7 +275,7 @@ class Session:
         try:
             own = self.evidence(recipe)
             given = replace(own, limits=limits_of(whole))
-            verdict = CHECKS[check](given)
+            verdict = self._judge(check, given)
         except UnverifiableError:
             return isolation.Judged("unverified")
         except DiffoptError as error:
@@ -263,7 +284,7 @@ class Session:
         if verdict.status == "failed":
             places = PLACES[check](given) if check in PLACES else ()
             return isolation.Judged("failed", isolation.causes_of(verdict, places))
-        if CHECKS[check](own).status == "failed":
+        if self._judge(check, own).status == "failed":
             return isolation.Judged("failed")  # by limits that only the subset has: no pass, and not the same failure
         return isolation.Judged(verdict.status)
 
@@ -275,7 +296,7 @@ class Session:
         observed = [name for name in names if name != forecast.NAME]
         try:
             evidence = self.evidence(recipe)
-            judged = [CHECKS[name](evidence) for name in observed]
+            judged = [self._judge(name, evidence) for name in observed]
             verdicts = [
                 self.isolated(recipe, one) for one in crashes.with_cause_once(judged, evidence.observation.failure)
             ]

@@ -16,7 +16,6 @@ from pytest_diffopt.observation.compilation import meant_codes
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.preparation import compilation
 from pytest_diffopt.preparation.linear_layers import backend_of
-from pytest_diffopt.preparation.quantization import has_quantized_layers
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +191,7 @@ def perturb(arguments: Mapping[str, Any]) -> bool:
 def widen(prepared: Prepared) -> torch.dtype:
     """Make a live pipeline compute in the next wider dtype; weights keep their values. Returns that dtype.
 
-    Quantized layers keep their quantized weights and multiply in the wider dtype where they allow it (8-bit does not).
+    Quantized layers keep the values of their weights and multiply in the wider dtype where they allow it (8-bit does not).
 
     Raises:
         NotImplementedError: they do not, with the reason.
@@ -201,10 +200,9 @@ def widen(prepared: Prepared) -> torch.dtype:
 
     present = {p.dtype for m in prepared.components.values() for p in m.parameters() if p.is_floating_point()}
     low = {torch.float16, torch.bfloat16}
+    if present == {torch.float64}:
+        raise NotImplementedError("there is no wider dtype than float64")
     wide = torch.float32 if present & low or not present else torch.float64
-    quantized_layers = has_quantized_layers(prepared.components.values())
-    if quantized_layers and wide == torch.float64:
-        raise NotImplementedError("quantized layers do not multiply in float64")
     for module in prepared.components.values():
         for layer in module.modules():
             if (backend := backend_of(layer)) is not None:

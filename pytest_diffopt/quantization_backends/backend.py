@@ -48,6 +48,7 @@ class Backend(abc.ABC):
         required: those that must be given, each with what it holds.
         while_loading: the libraries quantize while they load; else live modules are.
         in_place: live modules can be quantized too.
+        compute_key: the keyword argument with the dtype that its layers multiply in; empty where that follows the input.
         forecasts: a forecast of a full-size model knows what its kernels take.
     """
 
@@ -58,6 +59,7 @@ class Backend(abc.ABC):
     rules: ClassVar[Mapping[str, Rule]]
     required: ClassVar[Mapping[str, str]] = {}
     skip_key: ClassVar[str] = "modules_to_not_convert"
+    compute_key: ClassVar[str] = ""
     while_loading: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
     forecasts: ClassVar[bool] = False

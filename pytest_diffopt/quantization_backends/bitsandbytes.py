@@ -128,10 +128,23 @@ class _BitsAndBytes(Backend):
                     yield f"{path}.state.{attribute}", found
 
     def widen(self, layer: Any, wide: torch.dtype) -> None:
+        import torch
+
         if hasattr(getattr(layer, "weight", None), "quant_state"):
-            layer.compute_dtype = wide
-            if layer.weight.quant_state is not None:
-                layer.weight.quant_state.dtype = wide
+            state = layer.weight.quant_state
+            if wide != torch.float64:
+                layer.compute_dtype = wide
+                if state is not None:
+                    state.dtype = wide
+            elif state is not None:  # its kernels do not multiply in it: the values of the weight do
+                from bitsandbytes.functional import dequantize_4bit
+
+                state.dtype = torch.float32
+                values = dequantize_4bit(layer.weight.data, state).to(wide)
+                layer.weight = torch.nn.Parameter(values, requires_grad=False)
+                layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
+        elif wide == torch.float64 and self.is_layer(layer) and isinstance(layer, torch.nn.Linear):
+            raise NotImplementedError("8-bit layers multiply in float16")
 
     def most_bytes(self, layer: Layer) -> int:
         """4-bit: two weights to a byte, one float32 scale (``absmax``) a block, and a code table; double quantized, one
@@ -150,6 +163,7 @@ class _BitsAndBytes(Backend):
 class _FourBit(_BitsAndBytes):
     name = "bitsandbytes_4bit"
     flag = "load_in_4bit"
+    compute_key = "bnb_4bit_compute_dtype"
     rules = {
         "load_in_4bit": implied,
         "bnb_4bit_quant_type": one_of("nf4", "fp4"),

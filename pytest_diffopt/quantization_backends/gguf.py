@@ -36,6 +36,7 @@ class _Gguf(Backend):
     required = {"file": "a .gguf file: its path, or its address on the hub"}
     rules = {"file": _file, "compute_dtype": one_of("float32", "float16", "bfloat16", prepare=dtype_name)}
     in_place = False
+    compute_key = "compute_dtype"
 
     def config(self, quantization: Quantization, *, of_diffusers: bool) -> Any:
         import diffusers
@@ -77,6 +78,10 @@ class _Gguf(Backend):
         )
 
     def widen(self, layer: Any, wide: torch.dtype) -> None:
+        import torch
+
+        if wide == torch.float64:
+            raise NotImplementedError("layers of .gguf files do not multiply in float64")
         layer.compute_dtype = wide
 
     def kwargs_of(self, component: torch.nn.Module, layers: list[Any]) -> dict[str, Any] | None:

@@ -54,6 +54,7 @@ def _classes(value: object) -> object:
 
 class _LayerwiseCasting(Backend):
     name = library = "layerwise_casting"
+    compute_key = "compute_dtype"
     rules = {
         "storage_dtype": one_of("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", prepare=dtype_name),
         "compute_dtype": one_of(*_WIDE, prepare=dtype_name),

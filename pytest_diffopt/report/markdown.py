@@ -112,9 +112,10 @@ def _details(recipe: RecipeRun, verdict: VerdictRecord) -> list[str]:
     if verdict.traceback:
         lines += ["", *fenced("\n".join(verdict.traceback))]
     if verdict.check == "parity" and recipe.parity:
-        lines += ["", "| component | required | allowed | floor |", "|---|--:|--:|--:|"]
+        lines += ["", "| component | required | allowed | floor | detects |", "|---|--:|--:|--:|--:|"]
         lines += [
-            f"| {inline(one.component)} | {number(one.required)} | {number(one.allowed)} | {number(one.floor)} |"
+            f"| {inline(one.component)} | {number(one.required)} | {number(one.allowed)} | {number(one.floor)} "
+            f"| {'' if one.detects is None else number(one.detects)} |"
             for one in recipe.parity
         ]
     return lines

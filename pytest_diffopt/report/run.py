@@ -104,6 +104,10 @@ class ComponentParity(_Part):
     """The eager reference's own distance from a higher precision, or from itself run again."""
     excess: Number
     """How many times over what is allowed, by whichever measure is the worst; at most 1 where it passes."""
+    detects: Number | None = None
+    """The smallest scale error, in all that it returns, that would have failed; null where none is known."""
+    detects_error: Number | None = None
+    """The same of any error, as the root mean square relative to its size."""
 
 
 class CodePlace(_Part):

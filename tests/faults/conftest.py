@@ -76,7 +76,8 @@ class TwoPart:
         placed = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
         # as diffusers finds out where an offloaded pipeline runs
         device = placed[0] if placed else next(encoder.parameters()).device
-        encoded: torch.Tensor = encoder(torch.tensor([numbers] * 4, device=device))
+        dtype = next((one.dtype for one in encoder.parameters() if one.is_floating_point()), torch.float32)
+        encoded: torch.Tensor = encoder(torch.tensor([numbers] * 4, device=device, dtype=dtype))
         return encoded
 
     def denoise(self, x: torch.Tensor) -> torch.Tensor:

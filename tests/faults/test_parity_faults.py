@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Call, Contract
+from pytest_diffopt import Call, Compilation, Contract, Offloading, Quantization, Recipe, Verdict, check
+from pytest_diffopt.checks.parity import percent
+from pytest_diffopt.checks.session import Session
 
 from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass, inputs
 
@@ -202,6 +204,232 @@ def test_the_first_component_to_differ_is_named(judge: Judge) -> None:
     verdict = judge(factory, component="denoiser", call=Call(), backend=FAULTS["scaled"])["parity"]
     assert verdict.status == "failed"
     assert verdict.sentence.startswith("denoiser, step 0 of call 0 is the first to differ")
+
+
+NF4 = Quantization("bitsandbytes_4bit", kwargs={"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "pipeline"),
+    [
+        ("float32", None, False),
+        ("bfloat16", None, False),
+        ("float16", None, False),
+        ("bfloat16", NF4, False),
+        ("float32", None, True),
+        ("bfloat16", NF4, True),
+    ],
+)
+def test_an_error_of_the_size_that_a_verdict_states_fails_and_half_of_it_passes(
+    judge: Judge, dtype: str, quantization: Quantization | None, pipeline: bool
+) -> None:
+    fields: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "call": Call(inputs=inputs(32, 32, 32))}
+    if pipeline:
+        fields |= {"component": "denoiser", "call": Call()}
+    factory = (lambda: TwoPart(Healthy(), Healthy())) if pipeline else Healthy
+    healthy = judge(factory, **fields)["parity"]
+    assert healthy.status == "passed", healthy.text
+    scale, error = healthy.figures["detects"], healthy.figures["detects_error"]
+    where = "denoiser" if pipeline else "output"
+    assert healthy.figures["detects_in"] == where
+    assert healthy.figures["components"][where]["detects"] == scale
+    assert healthy.sentence.endswith(
+        f"; would have caught a scale that is off by {percent(scale)}, or any error of {percent(error)}, "
+        f"in what comes out of {where}"
+    )
+    assert 0 < scale <= error < 0.2
+
+    def status(change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+        return judge(factory, backend=backend(change), **fields)["parity"].status
+
+    assert status(lambda result: result * (1 + 1.01 * scale)) == "failed"
+    assert status(lambda result: result * (1 - 1.01 * scale)) == "failed"
+    rms = lambda result: result.float().square().mean().sqrt().to(result.dtype)  # noqa: E731
+    assert status(lambda result: result + 1.01 * error * rms(result)) == "failed"
+    if not pipeline:  # where several steps add up, less than what is stated may be caught
+        assert status(lambda result: result * (1 + scale / 2)) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.00412, "0.42%"), (0.004, "0.40%"), (0.0213, "2.2%"), (0.3, "30%"), (1.234e-6, "0.00013%"), (2.0, "200%")],
+)
+def test_a_share_is_rounded_up_and_written_out(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
+class Averages(nn.Module):
+    """A decoder in whose output a small offset of its input is large, and rounding is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.layer.weight.copy_((1 + torch.arange(WIDTH)[:, None] / WIDTH).expand(WIDTH, WIDTH) / WIDTH)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+class ThreePart(TwoPart):
+    """Decodes what its denoiser made."""
+
+    def __init__(self) -> None:
+        super().__init__(Healthy(), Healthy())
+        self.components["vae"] = Averages()
+
+    def __call__(self, prompt: str, num_inference_steps: int = 1) -> dict[str, torch.Tensor]:
+        return {"images": self.components["vae"](self.denoise(self.embed(prompt)))}
+
+
+def small_offset(result: torch.Tensor) -> torch.Tensor:
+    return result + 0.006 * result.float().square().mean().sqrt().to(result.dtype)
+
+
+def test_a_component_whose_error_is_first_seen_behind_it_is_the_one_that_is_blamed() -> None:
+    def judged(*compilation: Compilation, dtype: str = "bfloat16") -> Verdict:
+        recipe = Recipe("r", ThreePart, dtype=dtype, compilation=compilation, call=Call(num_inference_steps=1))
+        return next(one for one in check(recipe) if one.check == "parity")
+
+    faulty = Compilation("denoiser", backend=backend(small_offset))
+    verdict = judged(faulty)
+    detects = percent(verdict.figures["components"]["denoiser"]["detects"])
+    assert verdict.status == "failed"
+    assert verdict.sentence.startswith(
+        "denoiser is the first to differ: seen in vae, step 0 of call 0, where the code is that of the reference too, by "
+    )
+    assert verdict.sentence.endswith(f"; in denoiser itself a scale off by less than {detects} is not seen")
+    assert verdict.figures["components"]["denoiser"]["excess"] <= 1
+    both = judged(faulty, Compilation("vae", backend="eager"))
+    assert both.sentence.startswith("denoiser or vae is the first to differ: seen in vae, step 0 of call 0, by ")
+    alone = judged(
+        Compilation("denoiser", backend="eager"), Compilation("vae", backend=FAULTS["scaled"]), dtype="float32"
+    )
+    assert alone.sentence.startswith("vae, step 0 of call 0 is the first to differ: by ")
+    assert judged(Compilation("denoiser", backend="eager"), Compilation("vae", backend="eager")).status == "passed"
+
+
+class Inside(nn.Module):
+    """A residual stack with an error of a share of one branch, where it is compiled."""
+
+    def __init__(self, share: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = torch.nn.functional.gelu(self.first(x))
+        if torch.compiler.is_compiling():
+            branch = branch * (1 + self.share)
+        return x + 0.2 * self.second(branch)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4])
+def test_a_fault_that_bfloat16_hides_is_found_in_float32_and_its_healthy_twin_passes(
+    judge: Judge, quantization: Quantization | None
+) -> None:
+    fields: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "quantization": quantization,
+        "call": Call(inputs=inputs(32, 32, 32)),
+    }
+    sharp = Contract(parity_dtype="float32")
+    for share in (0.01, 0.001):
+        assert (
+            judge(lambda one=share: Inside(one), **fields)["parity"].status == "passed"
+        )  # what is wrong with bfloat16
+        verdicts = judge(lambda one=share: Inside(one), contract=sharp, **fields)
+        assert verdicts["parity"].status == "failed"
+        assert verdicts["parity"].sentence.startswith("the output, call 0 is the first to differ: ")
+        assert verdicts["parity"].sentence.endswith("; judged in float32")
+        assert verdicts["parity"].evidence[-1].startswith("as the recipe has it: 8 tensors equal within 0.0")
+        assert {verdict.status for name, verdict in verdicts.items() if name != "parity"} == {"passed"}
+    twin = judge(Inside, contract=sharp, **fields)
+    assert_all_pass(twin)
+    assert twin["parity"].sentence.endswith("; judged in float32")
+    assert twin["parity"].figures["parity_dtype"] == "float32"
+    assert twin["parity"].figures["detects"] < 1e-5
+    assert twin["parity"].figures["yardstick"] == "against float64"
+
+
+def test_in_float32_the_same_code_is_compiled_and_offloaded() -> None:
+    compiled: list[tuple[torch.dtype, int]] = []
+
+    def counting(graph: Any, example_inputs: Any) -> Any:
+        compiled.append((example_inputs[0].dtype, len(graph.graph.nodes)))
+        return graph
+
+    def judged(share: float, contract: Contract) -> Verdict:
+        recipe = Recipe(
+            "r",
+            lambda: TwoPart(Healthy(), Inside(share)),
+            dtype="bfloat16",
+            compilation=Compilation("denoiser", backend=counting),
+            offloading=Offloading("model"),
+            contract=contract,
+            call=Call(num_inference_steps=1, calls=2),
+        )
+        session = Session()
+        found = session.judge(recipe, "parity")
+        if contract.parity_dtype and not share:  # the other checks read the recipe as it is
+            assert all(output.dtype == "bfloat16" for output in session.evidence(recipe).observation.outputs)
+            assert session.judge(recipe, "memory").status != "failed"
+        return found
+
+    sharp = Contract(parity_dtype="float32")
+    assert judged(0.001, Contract()).status == "passed"
+    found = judged(0.001, sharp)
+    assert found.status == "failed"
+    assert found.sentence.startswith("denoiser, step 0 of call 0 is the first to differ: ")
+    compiled.clear()
+    assert judged(0.0, sharp).status == "passed"
+    # as it is, without offloading, and in float32; each time the same code
+    assert [dtype for dtype, _ in compiled] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert len({nodes for _, nodes in compiled}) == 1
+
+
+def test_a_fault_that_only_the_narrow_dtype_has_is_found_with_parity_dtype_too(judge: Judge) -> None:
+    narrow = backend(lambda result: result * 1.1 if result.dtype == torch.bfloat16 else result)
+    fields: dict[str, Any] = {"dtype": "bfloat16", "call": Call(inputs=inputs(32, 32, 32))}
+    verdict = judge(Healthy, backend=narrow, contract=Contract(parity_dtype="float32"), **fields)["parity"]
+    assert verdict.status == "failed"
+    assert "judged in float32" not in verdict.sentence
+
+
+class NarrowInside(Healthy):
+    """Multiplies in bfloat16, whatever it is asked for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.bfloat16())
+
+
+def test_what_cannot_run_in_a_wider_dtype_is_unverified_with_the_reason(judge: Judge) -> None:
+    call = Call(inputs=inputs(32, 32, 32))
+    sharp = Contract(parity_dtype="float32")
+    verdict = judge(NarrowInside, dtype="bfloat16", call=call, contract=sharp)["parity"]
+    assert verdict.status == "unverified"
+    assert verdict.sentence.startswith("cannot be judged in float32, where it ends with RuntimeError: ")
+    verdict = judge(Healthy, quantization=NF4, dtype="bfloat16", call=call, contract=Contract(parity_dtype="float64"))[
+        "parity"
+    ]
+    assert verdict.status == "unverified"
+    assert verdict.sentence == (
+        "cannot be judged in float64: layers of bitsandbytes_4bit do not multiply in float64; 'float32' is possible"
+    )
+    assert (
+        judge(Healthy, dtype="float32", call=call, contract=Contract(parity_dtype="float64"))["parity"].status
+        == "passed"
+    )
+
+
+def test_layers_that_stay_narrow_are_named(judge: Judge) -> None:
+    int8 = Quantization("bitsandbytes_8bit", skip_modules=["second"])
+    fields: dict[str, Any] = {"dtype": "bfloat16", "quantization": int8, "call": Call(inputs=inputs(32, 32, 32))}
+    verdict = judge(Healthy, contract=Contract(parity_dtype="float32"), **fields)["parity"]
+    assert verdict.status == "passed", verdict.text
+    assert verdict.evidence == ("model: 1 layer stays as before: bitsandbytes' 8-bit layers multiply in float16",)
 
 
 class AnotherShape(Healthy):

@@ -177,3 +177,17 @@ def test_importing_recipes_and_contracts_imports_neither_torch_nor_numpy_nor_dif
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_parity_is_judged_in_a_wider_dtype_or_the_mistake_is_named() -> None:
+    from pytest_diffopt.recipe import Recipe
+
+    with pytest.raises(RecipeError) as caught:
+        Contract(parity_dtype="bfloat16")  # type: ignore[arg-type]
+    assert lines(caught.value) == [
+        "parity_dtype: found 'bfloat16'; did you mean 'float32' or 'float64'? allowed: 'float32' or 'float64'"
+    ]
+    plain = Recipe("r", "tiny-flux", dtype="bfloat16")
+    sharp = plain.replace(contract={"parity_dtype": "float32"})
+    assert sharp.content_hash == plain.content_hash  # both are observed once, and have one baseline
+    assert Recipe.from_dict(sharp.to_dict()) == sharp != plain

@@ -126,6 +126,10 @@ def verdict(sentence: str, check: str = "parity", **figures: Any) -> Verdict:
             verdict("transformer, step 2 of call 1 is the first to differ: scaled by 1.2 on average"),
         ),
         (
+            verdict("transformer or vae is the first to differ: seen in vae, step 0 of call 0, by 0.1 of its size"),
+            verdict("vae, step 0 of call 0 is the first to differ: by 0.1 of its size"),
+        ),
+        (
             verdict("the peak of a call is 3.5 MiB, 4 MiB without offloading; memory grows by 1 KiB a call", "memory"),
             verdict("the peak of a call is 12 B, 5 MiB without offloading", "memory"),
         ),

@@ -78,7 +78,7 @@ def items(name: str, *, status: str = "passed", sentence: str = "fine", line: in
     }
     recorded = {"peaks": {"load_bytes": [8 * MIB], "call_bytes": 10 * MIB, "noise": 0.0}, "required_tolerance": 0.01}
     difference = {"what": "peak", "where": "", "recorded": 10 * MIB, "now": 12 * MIB, "direction": "worse", "unit": "B"}
-    parity = {"model": {"required": 0.01, "allowed": 0.03, "floor": 0.009, "excess": 0.33}}
+    parity = {"model": {"required": 0.01, "allowed": 0.03, "floor": 0.009, "excess": 0.33, "detects": 0.004}}
 
     def one(check: str, status: str, sentence: str, figures: dict[str, Any], **more: Any) -> Carried:
         verdict = {"check": check, "recipe": name, "status": status, "sentence": sentence, "figures": figures}
