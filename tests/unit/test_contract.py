@@ -185,7 +185,7 @@ def test_parity_is_judged_in_a_wider_dtype_or_the_mistake_is_named() -> None:
     with pytest.raises(RecipeError) as caught:
         Contract(parity_dtype="bfloat16")  # type: ignore[arg-type]
     assert lines(caught.value) == [
-        "parity_dtype: found 'bfloat16'; did you mean 'float32' or 'float64'? allowed: 'float32' or 'float64'"
+        "parity_dtype: found 'bfloat16'; did you mean 'float64'? allowed: 'float32' or 'float64'"
     ]
     plain = Recipe("r", "tiny-flux", dtype="bfloat16")
     sharp = plain.replace(contract={"parity_dtype": "float32"})
