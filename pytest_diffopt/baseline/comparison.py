@@ -1,7 +1,7 @@
 """What is different from a baseline, and in which direction.
 
 Structure is compared exactly, peaks by ratio with the measured noise, latency by its confidence intervals, and the
-tolerance that parity required may not have grown.
+tolerance that parity required may not have grown. What the eager reference returns may not have moved by more than its noise.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
+from pytest_diffopt.baseline.outputs import first_moved
 from pytest_diffopt.baseline.record import Break, Peaks, QuantizedLayers, Recompile, Record, flat
 from pytest_diffopt.byte_sizes import human
 
@@ -74,6 +75,7 @@ def differences(recorded: Record, now: Record, accelerator: str) -> list[Differe
         *_peaks(recorded.peaks, now.peaks, accelerator),
         *_latency(recorded, now),
         *_tolerance(recorded, now),
+        *_outputs(recorded, now),
     ]
     order = ("worse", "changed", "better")
     return sorted(found, key=lambda one: order.index(one.direction))
@@ -247,6 +249,18 @@ def _tolerance(recorded: Record, now: Record) -> Iterator[Difference]:
         return
     if after > max(before * TOLERANCE_NOISE, now.tolerance_floor):
         yield Difference("tolerance that parity requires", "", before, after, "worse")
+
+
+def _outputs(recorded: Record, now: Record) -> Iterator[Difference]:
+    """The first tensor of the eager reference that moved, and not what comes after: that follows. It is never better."""
+    if recorded.outputs is None or now.failure or recorded.failure:
+        return
+    if now.outputs is None:
+        yield Difference("outputs of the eager reference", "", "recorded", "none", "worse")
+        return
+    if (moved := first_moved(recorded.outputs, now.outputs)) is not None:
+        where = f"{moved.where}, the first to change{moved.how}"
+        yield Difference("change of the eager reference's output in", where, moved.recorded, moved.now, "worse")
 
 
 def _shown(value: Any, unit: str) -> str:

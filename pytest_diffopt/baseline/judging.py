@@ -14,6 +14,7 @@ from pytest_diffopt.baseline.comparison import Difference, differences
 from pytest_diffopt.baseline.key import Key, nearest
 from pytest_diffopt.baseline.record import Record
 from pytest_diffopt.baseline.store import BaselineFile, Found, name_of, parsed, source_of
+from pytest_diffopt.checks.parity import percent
 from pytest_diffopt.checks.verdict import Status, Verdict
 from pytest_diffopt.errors import BaselineError
 
@@ -128,7 +129,17 @@ class Baselines:
         versions = key.differing(against)
         beside = f" (recorded with {', '.join(versions)})" if versions else ""
         if not found:
-            return _verdict(recipe, "passed", f"everything is as recorded{beside}", key, against, entry.record)
+            sentence, evidence = f"everything is as recorded{beside}", []
+            if record.outputs and entry.record.outputs is None:
+                sentence += "; outputs were not recorded, so they are not compared"
+                evidence = [command]
+            elif record.outputs and entry.record.outputs:
+                least = max(entry.record.outputs, key=lambda one: one.allowed)
+                evidence = [
+                    f"{len(record.outputs)} outputs of the eager reference are as recorded: none moved by more than "
+                    f"{percent(least.allowed)} of its size ({least.where}, in {least.dtype})"
+                ]
+            return _verdict(recipe, "passed", sentence, key, against, entry.record, evidence=evidence)
         counts = {d: sum(one.direction == d for one in found) for d in ("worse", "changed", "better")}
         told = ", ".join(f"{count} {direction}" for direction, count in counts.items() if count)
         lines = [one.line for one in found[:SHOWN]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.baseline.outputs import OutputDigest, digests_of
 from pytest_diffopt.recipe import ABOUT_THE_VERDICT
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Record:
         residency, peaks: None where the device does not count its memory.
         latency: None on a device that is none of its own. required_tolerance: as parity found it; None where it found none.
         tolerance_floor: what the eager reference itself is off by, as far as parity measured it.
+        outputs: a digest of what the eager reference returned, in that order; None where nobody kept one.
     """
 
     recipe: dict[str, Any]
@@ -128,6 +130,7 @@ class Record:
     latency: Latency | None = None
     required_tolerance: float | None = None
     tolerance_floor: float = 0.0
+    outputs: tuple[OutputDigest, ...] | None = None
 
 
 def record_of(
@@ -138,6 +141,7 @@ def record_of(
     tolerance_floor: float = 0.0,
     load_peaks: tuple[int, ...] = (),
     latency: Latency | None = None,
+    reference: Observation | None = None,
 ) -> Record:
     """What a baseline keeps of an observation.
 
@@ -146,6 +150,7 @@ def record_of(
         required_tolerance, tolerance_floor: as the check parity found them.
         load_peaks: of further preparations of the same recipe, in bytes.
         latency: against the eager reference, where it was measured.
+        reference: the eager reference, whose outputs are kept.
     """
     compiles = observation.compiles
     graphs: Counter[str] = Counter()
@@ -173,6 +178,7 @@ def record_of(
         latency=latency,
         required_tolerance=required_tolerance,
         tolerance_floor=tolerance_floor,
+        outputs=digests_of(reference) if reference is not None and reference.failure is None else None,
     )
 
 

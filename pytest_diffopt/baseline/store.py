@@ -201,7 +201,11 @@ class Store:
         old = self._read(name) or (self._read(moved_from) if moved_from else None)
         before = old.entry(entry.key) if old is not None else None
         how = "new" if before is None else "changed"
-        same = before is not None and not differences(before.record, entry.record, entry.key.accelerator)
+        same = (
+            before is not None
+            and (before.record.outputs is None) == (entry.record.outputs is None)  # an earlier release kept none
+            and not differences(before.record, entry.record, entry.key.accelerator)
+        )
         if same and path.exists() and not moved_from:
             return Recorded(name, "as before")
         kept = BaselineFile(source, recipe, old.entries if old is not None else ())

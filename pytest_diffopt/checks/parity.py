@@ -269,7 +269,7 @@ def percent(share: float) -> str:
     """A share in per cent, two figures, rounded up and never as a power of ten: ``0.42%``."""
     if not 0 < share < math.inf:
         return "0%" if share == 0 else "no size"
-    digits = 1 - math.floor(math.log10(100 * share))
+    digits = 1 - math.floor(math.log10(float(f"{100 * share:.1e}")))
     rounded = math.ceil(100 * share * 10**digits - 1e-9) / 10**digits
     return f"{rounded:.{max(0, digits)}f}%"
 
@@ -436,7 +436,7 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
     # a model that draws numbers draws others in another dtype, and in another call: neither measures rounding then
     draws = any(change.name in RNG_NAMES for change in reference.state_changes)
     precise = {} if draws else {o.key: o for o in reference.precise_outputs}
-    floors = {} if draws else _repetition_floors(reference)
+    floors = {} if draws else repetition_floors(reference)
     own_calls = _own_calls(own)
     comparisons = []
     first_runs: dict[str, tuple[int, int]] = {}
@@ -447,7 +447,7 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
             continue
         rounding = ROUNDINGS * epsilon(output, own)
         repeat = floors.get((output.component, output.step, output.leaf), 0.0)
-        yardstick = _usable(expected, precise.get(output.key))
+        yardstick = usable(expected, precise.get(output.key))
         slices = 0.0
         if yardstick is not None:
             found, floor = distance(output, yardstick), distance(expected, yardstick)
@@ -514,7 +514,7 @@ def _seen(output: Output, found: Distance, allowed: float, allowed_gain: float, 
     return Seen(max(scale, spacing / 2), error)
 
 
-def _usable(expected: Output, precise: Output | None) -> Output | None:
+def usable(expected: Output, precise: Output | None) -> Output | None:
     """The same tensor in a higher precision, where it went the same way and so can serve as the yardstick."""
     if precise is None or precise.shape != expected.shape or not (precise.finite and expected.finite):
         return None
@@ -548,7 +548,7 @@ def _slice_excess(output: Output, yardstick: Output, expected: Output, multiple:
     return worst
 
 
-def _repetition_floors(reference: Observation) -> dict[tuple[str, int, str], float]:
+def repetition_floors(reference: Observation) -> dict[tuple[str, int, str], float]:
     """How far the reference is from itself, run again with the same inputs, by tensor."""
     calls = {c.index: c for c in reference.calls}
     floors: dict[tuple[str, int, str], float] = {}

@@ -126,7 +126,9 @@ def judged(
     required, floor = parity.get("required"), 0.0
     if required is not None:
         floor = float(f"{parity['allowed'] / parity['multiple']:.3g}")
-    latency = latency_of(observation, reference) if (reference := _eager(session, recipe)) is not None else None
+    eager = _eager(session, recipe)
+    latency = latency_of(observation, eager) if eager is not None else None
+    reference = session.evidence(recipe).reference if observation.failure is None else None
     source = source_name(path, config)
     present = config.stash[SOURCES].get(source, [])
 
@@ -138,6 +140,7 @@ def judged(
             tolerance_floor=floor,
             load_peaks=load_peaks,
             latency=latency,
+            reference=reference,
         )
         return baselines.judge(source, recipe.name, key, record, present, node_id), plain_record(key, record)
 
