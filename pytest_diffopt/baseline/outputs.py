@@ -219,7 +219,8 @@ def _apart(before: OutputDigest, after: OutputDigest) -> float:
 
 def _rounding_moved(before: OutputDigest, after: OutputDigest) -> Iterator[Moved]:
     """Where the recipe's own dtype is further from the wider one than it was: kernels of that dtype alone are at fault."""
-    assert before.rounding is not None and after.rounding is not None  # as the caller looked
+    assert before.rounding is not None
+    assert after.rounding is not None
     allowed = 3 * before.rounding + parity.ROUNDINGS * before.spacing
     if after.rounding > allowed:
         how = f": its rounding error in the recipe's dtype (up to {allowed:.2g} allowed)"
