@@ -416,7 +416,9 @@ def pytest_diffopt_verdict(verdict, observation):
 def test_a_hook_that_returns_no_recipe_is_told(run_pytest: RunPytest, files: pytest.Pytester) -> None:
     files.makeconftest(CONFTEST + "\ndef pytest_diffopt_modify_recipe(recipe, config): return 3\n")
     run_pytest().stdout.fnmatch_lines(
-        ["  recipe.good: found int from the hook pytest_diffopt_modify_recipe; it returns a Recipe, *"]
+        [
+            "  recipe.good (and 2 more: recipe.bad, recipe.unsure): found int from the hook pytest_diffopt_modify_recipe; *"
+        ]
     )
 
 

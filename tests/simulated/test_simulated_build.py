@@ -73,7 +73,7 @@ def test_it_is_built_once_and_then_found(log: Path) -> None:
 def test_it_is_announced_with_how_far_it_is_and_only_where_it_is_built(log: Path, announced: list[str]) -> None:
     build.ensure_library()
     count = len(list(build.SOURCES.glob("*.cpp")))
-    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about half a minute)"
+    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about a minute)"
     assert announced == [what, *(f"{what}: {done} of {count} files" for done in range(1, count + 1))]
     build.ensure_library()
     assert len(announced) == count + 1

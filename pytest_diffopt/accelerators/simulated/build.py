@@ -150,7 +150,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(compiler: tuple[str, ...], library: Path) -> None:
-    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about half a minute)"
+    what = f"building the simulated accelerator (once for torch {torch.__version__}, in about a minute)"
     with announced(what) as show, tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
         workplace = Path(folder)
         sources = sorted(
