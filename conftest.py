@@ -25,8 +25,8 @@ os.environ.setdefault("DIFFOPT_CACHE_DIR", str(Path(__file__).parent / ".pytest_
 
 RunPytest = Callable[..., pytest.RunResult]
 
-# By these pytest and the plugin write more for a CI's log and page: whole messages in the summary, annotations.
-_OF_A_CI = ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY")
+# By these pytest and the plugin write otherwise: whole messages for a CI's log and page, tables as wide as a terminal.
+_OF_A_CI = ("COLUMNS", "CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: processes.__exit__(None, None, None))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def frozen_libraries() -> None:
     """Half a million objects of the libraries, which every collection of garbage would look at: 0.4 s each."""
     from pytest_diffopt.libraries import import_libraries, quietly

@@ -19,7 +19,9 @@ sys.path.append(str(ROOT))  # at its end: the package itself is the installed on
 
 import pytest_diffopt  # noqa: E402
 from pytest_diffopt.extras import EXTRAS  # noqa: E402
-from tests.docs.test_documentation import MODELS, as_test, blocks, is_a_program  # noqa: E402
+from tests.docs.test_documentation import PYTHON, as_test, blocks, is_a_program  # noqa: E402
+
+((_, MODELS),) = [block for block in PYTHON if block[0].startswith("docs/first-recipe.md")]
 
 PAGE = """
 # Denoise

@@ -12,6 +12,7 @@ from sybil import Document
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 from pytest_diffopt.recipe_loading import loads_recipes
+from tests.warm_python import INTERPRETER
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -176,7 +177,7 @@ GUIDES = ("docs/first-recipe.md", "docs/gate.md", "docs/reports.md", "docs/machi
 """In the order in which they are read."""
 
 _OF_ANOTHER_MACHINE = ("python -m venv", ".venv/bin/pip", "pytest --dist", "while true")
-_DEAR = ("python -m pytest_diffopt forecast",)
+_DEAR = ("diffopt forecast",)
 """Commands that other tests run, with what they say."""
 
 
@@ -191,10 +192,10 @@ def put_pytest_on_the_path(folder: Path, plugin_arguments: tuple[str, ...], monk
     """``pytest`` and ``.venv/bin/pytest`` are pytest's own script, which has no folder of ours on its import path."""
     bin_folder = folder / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    for name, arguments in (("pytest", ("-p", "no:cacheprovider", *plugin_arguments)), ("python", ())):
-        program = Path(sys.executable).with_name("pytest") if name == "pytest" else sys.executable
+    pytests_script = str(Path(INTERPRETER).with_name("pytest"))
+    for name, arguments in (("pytest", (pytests_script, "-p", "no:cacheprovider", *plugin_arguments)), ("python", ())):
         script = bin_folder / name
-        script.write_text(f'#!/bin/sh\nexec {program} {" ".join(arguments)} "$@"\n', encoding="utf-8")
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(arguments)} "$@"\n', encoding="utf-8")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

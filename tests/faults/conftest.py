@@ -16,7 +16,7 @@ Judge = Callable[..., Verdicts]
 WIDTH = 64
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _libraries_are_frozen(frozen_libraries: None) -> None: ...
 
 

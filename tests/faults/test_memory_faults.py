@@ -98,7 +98,7 @@ class Forgetful(TwoPart):
 def test_a_component_that_never_leaves_is_named_with_the_weights_that_stay() -> None:
     verdict = judged(lambda: Forgetful(Wide(), Wide()))
     failed_with(
-        verdict, "denoiser has not left the accelerator after the call", "stay: first.weight, first.bias, second.weight"
+        verdict, "denoiser has not left the accelerator after the call", ": first.weight, first.bias, second.weight"
     )
     assert "encoder has not left" not in verdict.text
 

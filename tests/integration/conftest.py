@@ -5,5 +5,5 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _libraries_are_frozen(frozen_libraries: None) -> None: ...

@@ -523,4 +523,4 @@ def test_pytest_html_shows_the_residency_of_each_recipe(
     result = run_pytest("--diffopt-device=sim", "--html=report.html", "--self-contained-html", "-n", workers)
     assert result.ret == pytest.ExitCode.OK
     page = (pytester.path / "report.html").read_text(encoding="utf-8")
-    assert page.count("&lt;svg") == 1
+    assert page.count("&lt;svg") == 2  # one for a wide page, one for a phone

@@ -39,9 +39,8 @@ def outsider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # environment `bare` of tox.ini has the wheel with nothing else in reach
     (folder,) = (place / "venv" / "lib").glob("python*/site-packages")
     (folder / "installed-here.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
-    subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True
-    )
+    own = [str(wheel), "pytest", "-c", str(ROOT / "constraints.txt")]  # pytest, as its command is of this environment
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", *own], check=True)
     install, expected = commands()[0], "pip install -e .[test]"
     assert install == expected
     # the example's own command, with what a package index does not have yet and the versions that were tried

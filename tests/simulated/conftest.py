@@ -12,7 +12,7 @@ import torch
 import pytest_diffopt.accelerators.simulated  # noqa: F401
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _libraries_are_frozen(frozen_libraries: None) -> None: ...
 
 

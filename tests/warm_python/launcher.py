@@ -43,7 +43,7 @@ _READ_LATER = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
 def is_worth_it(arguments: list[str]) -> bool:
     """Whether a process with these arguments will import the libraries."""
     given = [one for one in arguments if one not in ("-u", "-B")]
-    if given[:1] in (["-mpytest"], ["-mpytest_diffopt"]):
+    if given[:1] in (["-mpytest"], ["-mpytest_diffopt"]) or os.path.basename((given or [""])[0]) == "pytest":
         return True
     if given[:1] == ["-m"]:
         return given[1:2] in (["pytest"], ["pytest_diffopt"])
@@ -117,7 +117,8 @@ def main() -> None:
             os.close(stream)
         status = int(answers.readline() or 70)
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

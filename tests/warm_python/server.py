@@ -141,15 +141,19 @@ def run(arguments: list[str], base: list[str]) -> int:
             sys.dont_write_bytecode = True
     if arguments[0].startswith("-m") and len(arguments[0]) > 2:
         arguments[:1] = ["-m", arguments[0][2:]]
-    how, what, *rest = arguments
+    script = "" if arguments[0].startswith("-") else arguments[0]
+    how, what, *rest = ["script", *arguments] if script else arguments
     path = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
-    sys.path[:] = [os.getcwd() if how == "-m" else "", *path, *base]
+    first = {"-m": os.getcwd(), "-c": "", "script": os.path.dirname(os.path.realpath(script))}[how]
+    sys.path[:] = [first, *path, *base]
     importlib.invalidate_caches()
-    sys.argv = [how, *rest]
+    sys.argv = [script or how, *rest]
     status = 0
     try:
         if how == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
+        elif how == "script":
+            runpy.run_path(what, run_name="__main__")
         else:
             main = types.ModuleType("__main__")
             sys.modules["__main__"] = main
