@@ -34,11 +34,12 @@ def width_of(*, terminal: bool) -> int:
 
 
 def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
-    """(what all names begin with, up to the end of a word; the names without it). Nothing is taken of equal names."""
+    """(what all names begin with, as far as a part of theirs ends: a folder, a file, a word before a hyphen; the names
+    without it). Nothing is taken of equal names, of a test's own name or of its parameters."""
     first, last = min(names), max(names)
     same = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    while same and first[same - 1].isalnum():
-        same -= 1
+    same = min(same, len(first.partition("[")[0]))
+    same = 1 + max(first.rfind(end, 0, same) for end in "/:-")
     if first == last or len(first) == same:  # nothing would be left of it
         same = 0
     return first[:same], [name[same:] for name in names]

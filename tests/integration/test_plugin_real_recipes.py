@@ -80,7 +80,11 @@ compilation = { component = "model", backend = "eager" }
     text = result.stdout.str()
     assert result.parseoutcomes()["passed"] == 1, text
     assert "no such weights" in text
-    for row in ("healthy * 1 passed", "faulty * 1 failed: test_observed", "raises * 5 failed: engagement *"):
+    for row in (
+        "test_toys.py::test_observed[[] * 1 passed",
+        "test_toys.py::test_observed[[] * 1 failed: test_observed",
+        "raises * 5 failed: engagement *",
+    ):
         result.stdout.fnmatch_lines([row])
 
 
