@@ -189,11 +189,17 @@ def read_in_order(page: str) -> list[tuple[str, str]]:
 
 
 def put_pytest_on_the_path(folder: Path, plugin_arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``pytest`` and ``.venv/bin/pytest`` are pytest's own script, which has no folder of ours on its import path."""
+    """``pytest`` and ``.venv/bin/pytest`` are pytest's own script, which has no folder of ours on its import path;
+    ``diffopt`` is our command."""
     bin_folder = folder / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     pytests_script = str(Path(INTERPRETER).with_name("pytest"))
-    for name, arguments in (("pytest", (pytests_script, "-p", "no:cacheprovider", *plugin_arguments)), ("python", ())):
+    programs = {
+        "pytest": (pytests_script, "-p", "no:cacheprovider", *plugin_arguments),
+        "diffopt": ("-m", "pytest_diffopt"),
+        "python": (),
+    }
+    for name, arguments in programs.items():
         script = bin_folder / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(arguments)} "$@"\n', encoding="utf-8")
         script.chmod(0o755)
