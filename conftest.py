@@ -29,7 +29,27 @@ RunPytest = Callable[..., pytest.RunResult]
 _OF_A_CI = ("COLUMNS", "CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY")
 
 
+_LONGEST_FIRST = (
+    *("test_replica_recipes", "test_documentation_pages", "test_forecast", "test_main_job", "test_documentation"),
+    *("test_quantization_backends_run", "test_replica_families", "test_forecast_claims", "test_advice_ladder"),
+    *("test_replica_cache", "test_matrix_recipes", "test_release_gate", "test_many_machines", "test_bundled_suite"),
+)
+"""Files of a quarter of a minute and more, by what they take: with the others behind them no worker waits for one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real pipelines, processes and cold compiles are slow; the longest files come first."""
+    rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if "integration" in item.path.parts or item.path.stem in rank:
+            item.add_marker("slow")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slow: runs real pipelines, processes or cold compiles; -m 'not slow' leaves it out"
+    )
     processes = warm_python()
     processes.__enter__()  # before the workers of pytest-xdist are started, which share it
     config.add_cleanup(lambda: processes.__exit__(None, None, None))
