@@ -33,8 +33,9 @@ _LONGEST_FIRST = (
     *("test_replica_recipes", "test_documentation_pages", "test_forecast", "test_main_job", "test_documentation"),
     *("test_quantization_backends_run", "test_replica_families", "test_forecast_claims", "test_advice_ladder"),
     *("test_replica_cache", "test_matrix_recipes", "test_release_gate", "test_many_machines", "test_bundled_suite"),
+    *("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build"),
 )
-"""Files of a quarter of a minute and more, by what they take: with the others behind them no worker waits for one at the end."""
+"""Files of a quarter of a minute and more, by what they take: so no worker waits for one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
-        if "integration" in item.path.parts or item.path.stem in rank:
+        if item.path.parent.name == "integration" or item.path.stem in rank:
             item.add_marker("slow")
 
 
