@@ -33,9 +33,11 @@ _LONGEST_FIRST = (
     *("test_replica_recipes", "test_documentation_pages", "test_forecast", "test_main_job", "test_documentation"),
     *("test_quantization_backends_run", "test_replica_families", "test_forecast_claims", "test_advice_ladder"),
     *("test_replica_cache", "test_matrix_recipes", "test_release_gate", "test_many_machines", "test_bundled_suite"),
-    *("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build"),
 )
 """Files of a quarter of a minute and more, by what they take: so no worker waits for one of them at the end."""
+
+_SLOW_TOO = ("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build")
+"""In their own order: what a compiled module keeps on the device is alive until the next one is compiled."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
-        if item.path.parent.name == "integration" or item.path.stem in rank:
+        if item.path.parent.name == "integration" or item.path.stem in (*_LONGEST_FIRST, *_SLOW_TOO):
             item.add_marker("slow")
 
 
@@ -56,15 +58,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: processes.__exit__(None, None, None))
 
 
-@pytest.fixture(scope="module")
-def frozen_libraries() -> None:
-    """Half a million objects of the libraries, which every collection of garbage would look at: 0.4 s each."""
+@pytest.fixture(scope="session")
+def frozen_libraries() -> Callable[[], None]:
+    """Half a million objects of the libraries, which every collection of garbage would look at: 0.4 s each. Calling what
+    this returns freezes what was imported since, and lets go of what is garbage by now."""
     from pytest_diffopt.libraries import import_libraries, quietly
+
+    def freeze() -> None:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     with quietly():
         import_libraries()
-    gc.collect()
-    gc.freeze()
+    freeze()
+    return freeze
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,8 @@ WIDTH = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _libraries_are_frozen(frozen_libraries: None) -> None: ...
+def _what_is_imported_is_frozen(frozen_libraries: Callable[[], None]) -> None:
+    frozen_libraries()
 
 
 def inputs(*sizes: int, **more: Any) -> list[dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _libraries_are_frozen(frozen_libraries: None) -> None: ...
+def _what_is_imported_is_frozen(frozen_libraries: Callable[[], None]) -> None:
+    frozen_libraries()

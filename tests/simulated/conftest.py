@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 import pytest_diffopt.accelerators.simulated  # noqa: F401
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _libraries_are_frozen(frozen_libraries: None) -> None: ...
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_frozen(frozen_libraries: Callable[[], None]) -> None: ...
 
 
 @pytest.fixture(autouse=True)
