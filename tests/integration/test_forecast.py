@@ -37,6 +37,12 @@ INT8 = Quantization("bitsandbytes_8bit", components=["transformer"], kwargs={"ll
 GROUP: Callable[..., Offloading] = functools.partial(Offloading, "group")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_frozen() -> None:
+    """As for a user: a forecast freezes it by itself, and when garbage is collected decides what a residency says."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def simulated() -> Accelerator:
     return select("sim")
