@@ -186,7 +186,7 @@ def _moved(recorded: Sequence[OutputDigest], now: Sequence[OutputDigest]) -> Ite
     for before in recorded:
         after = found.pop(before.key, None)
         if after is None:
-            yield Moved(before.where, "", "recorded", "missing")
+            yield Moved(before.where, "", "there", "missing")
             continue
         if after.shape != before.shape:
             yield Moved(before.where, ": its shape", str(list(before.shape)), str(list(after.shape)))
