@@ -256,7 +256,7 @@ def _outputs(recorded: Record, now: Record) -> Iterator[Difference]:
     if recorded.outputs is None or now.failure or recorded.failure:
         return
     if now.outputs is None:
-        yield Difference("outputs of the eager reference", "", "recorded", "none", "worse")
+        yield Difference("outputs of the eager reference", "", len(recorded.outputs), 0, "worse")
         return
     if (moved := first_moved(recorded.outputs, now.outputs)) is not None:
         where = f"{moved.where}, the first to change{moved.how}"

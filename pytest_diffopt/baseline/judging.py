@@ -135,12 +135,10 @@ class Baselines:
                 evidence = [command]
             elif record.outputs and entry.record.outputs:
                 least = max(entry.record.outputs, key=lambda one: one.allowed)
-                evidence = [
-                    (
-                        f"{len(record.outputs)} outputs of the eager reference are as recorded: none moved by more than "
-                        f"{percent(least.allowed)} of its size ({least.where}, in {least.dtype})"
-                    )
-                ]
+                found_equal = (
+                    f"{len(record.outputs)} outputs of the eager reference are as recorded: none moved by more than "
+                )
+                evidence = [f"{found_equal}{percent(least.allowed)} of its size ({least.where}, in {least.dtype})"]
             return _verdict(recipe, "passed", sentence, key, against, entry.record, evidence=evidence)
         counts = {d: sum(one.direction == d for one in found) for d in ("worse", "changed", "better")}
         told = ", ".join(f"{count} {direction}" for direction, count in counts.items() if count)

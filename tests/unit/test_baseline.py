@@ -15,6 +15,7 @@ from pytest_diffopt.baseline.comparison import differences
 from pytest_diffopt.baseline.judging import Baselines
 from pytest_diffopt.baseline.key import Key, key_of, nearest
 from pytest_diffopt.baseline.latency import latency_of, steady_ratio
+from pytest_diffopt.baseline.outputs import OutputDigest
 from pytest_diffopt.baseline.record import (
     Break,
     Engaged,
@@ -27,7 +28,17 @@ from pytest_diffopt.baseline.record import (
     Resident,
     record_of,
 )
-from pytest_diffopt.baseline.store import Found, Store, made_entry, name_of, parsed, read_all, source_of, text_of
+from pytest_diffopt.baseline.store import (
+    Found,
+    Store,
+    _digest,
+    made_entry,
+    name_of,
+    parsed,
+    read_all,
+    source_of,
+    text_of,
+)
 from pytest_diffopt.errors import BaselineError
 from pytest_diffopt.observation.observation import (
     CallMemory,
@@ -590,6 +601,121 @@ def test_baselines_cross_processes_as_plain_data(tmp_path: Path) -> None:
     stored(tmp_path, (KEY, RECORD))
     baselines = Baselines("base", read_all(tmp_path))
     assert Baselines.from_plain(json.loads(json.dumps(baselines.to_plain()))) == baselines
+
+
+# what the eager reference returned
+
+
+def digest(component: str, step: int = 0, *, moved: float = 0.0, **changed: Any) -> OutputDigest:
+    """One tensor, all of whose elements moved by a share of its size."""
+    numbers = [1.0 + moved] * 16
+    fields: dict[str, Any] = {
+        "component": component,
+        "step": step,
+        "leaf": "0",
+        "dtype": "float32",
+        "shape": (1, 4, 64),
+        "rms": 1.0 + moved,
+        "noise": 2e-6,
+        "samples": " ".join(map(str, numbers)),
+        "sums": " ".join(str(16 * one) for one in numbers[:8]),
+        "spacing": 2.0**-7,
+        "rounding": 0.01,
+        "gain": 1e-4,
+    }
+    return OutputDigest(**{**fields, **changed})
+
+
+OUTPUTS = replace(
+    RECORD, outputs=(digest("text_encoder"), digest("transformer"), digest("transformer", 1), digest("vae"))
+)
+
+
+def with_outputs(*outputs: OutputDigest) -> Record:
+    return replace(RECORD, outputs=outputs)
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-5, -1e-5])
+def test_outputs_that_moved_within_their_noise_are_equal(moved: float) -> None:
+    now = with_outputs(*(replace(digest(one.component, one.step, moved=moved)) for one in OUTPUTS.outputs or ()))
+    assert differences(OUTPUTS, now, "sim") == []
+
+
+@pytest.mark.parametrize("moved", [1e-4, -1e-4, 0.01])
+def test_the_first_component_that_moved_is_worse_and_what_follows_from_it_is_not_counted(moved: float) -> None:
+    names = ("text_encoder", 0), ("transformer", 0), ("transformer", 1), ("vae", 0)
+    now = with_outputs(digest("text_encoder"), *(digest(name, step, moved=moved) for name, step in names[1:]))
+    direction, line = one_difference(now, OUTPUTS)
+    assert direction == "worse"
+    assert line == (
+        f"worse: change of the eager reference's output in transformer, step 0, the first to change (scaled by "
+        f"{1 + moved:.4f}; up to 1.6e-05 of its size is rounding): 0 recorded, {abs(moved):.3g} now"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"sums": " ".join(["17"] * 8)}, " (up to 1.6e-05 of its size is rounding): 0 recorded, 0.0625 now"),
+        ({"shape": (1, 4, 32)}, ": its shape: [1, 4, 64] recorded, [1, 4, 32] now"),
+        ({"dtype": "bfloat16"}, ": computed in: float32 recorded, bfloat16 now"),
+        (
+            {"rounding": 0.04},
+            ": its rounding error in the recipe's dtype (up to 0.032 allowed): 0.01 recorded, 0.04 now",
+        ),
+        ({"gain": 0.01}, ": its scale in the recipe's dtype (±0.0075 allowed): 0.0001 recorded, 0.01 now"),
+        ({"leaf": "1"}, ": there recorded, missing now"),
+    ],
+)
+def test_whatever_else_moved_in_an_output_is_named(changed: dict[str, Any], told: str) -> None:
+    now = with_outputs(digest("text_encoder", **changed), *(OUTPUTS.outputs or ())[1:])
+    direction, line = one_difference(now, OUTPUTS)
+    name = "text_encoder, step 0, the first to change"
+    assert (direction, line) == ("worse", f"worse: change of the eager reference's output in {name}{told}")
+
+
+def test_a_smaller_rounding_error_is_no_improvement_to_record() -> None:
+    assert (
+        differences(OUTPUTS, with_outputs(*(replace(one, rounding=0.001) for one in OUTPUTS.outputs or ())), "sim")
+        == []
+    )
+
+
+def test_a_baseline_of_an_earlier_release_has_no_outputs_which_is_said_and_is_no_failure(tmp_path: Path) -> None:
+    path = stored(tmp_path, (KEY, RECORD))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["entries"][0]["record"]["outputs"]
+    data["entries"][0]["digest"] = _digest(data["entries"][0])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    verdict = judge(tmp_path, OUTPUTS)
+    assert (verdict.status, verdict.sentence) == (
+        "passed",
+        "everything is as recorded; outputs were not recorded, so they are not compared",
+    )
+    assert verdict.evidence == (COMMAND,)
+    assert Store(tmp_path).record("a/x.recipes.toml", "r", made_entry(KEY, OUTPUTS)).how == "changed"
+    assert judge(tmp_path, OUTPUTS).sentence == "everything is as recorded"
+    assert judge(tmp_path, RECORD).evidence[0] == "worse: outputs of the eager reference: 4 recorded, 0 now"
+
+
+@pytest.mark.parametrize(
+    ("edited", "told"),
+    [
+        (lambda outputs: outputs[0].update(rms=2.0), "entry 0 (sim (Simulated accelerator)) was changed by hand"),
+        (
+            lambda outputs: outputs[0].update(samples="1 2 3"),
+            "it is damaged: entries.0.record.outputs.0: Value error, expected 16 finite numbers, got '1 2 3'",
+        ),
+        (lambda outputs: outputs[0].update(sums="nan " * 8), "it is damaged: entries.0.record.outputs.0: Value error"),
+        (lambda outputs: outputs[0].pop("noise"), "it is damaged: entries.0.record.outputs.0.noise: Field required"),
+    ],
+)
+def test_outputs_that_were_edited_by_hand_are_refused(tmp_path: Path, edited: Any, told: str) -> None:
+    data = json.loads(stored(tmp_path, (KEY, OUTPUTS)).read_text(encoding="utf-8"))
+    edited(data["entries"][0]["record"]["outputs"])
+    with pytest.raises(BaselineError) as caught:
+        parsed(Found(json.dumps(data)))
+    assert str(caught.value).startswith(told)
 
 
 # latency
