@@ -13,6 +13,17 @@ const browser = await playwright.launch({
   executablePath: await bundled.executablePath(),
   args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"],
 });
+// On a busy machine Chromium now and then has no frame to capture yet.
+const take = async (page, path) => {
+  for (let left = 5; ; left--) {
+    try {
+      return await page.screenshot({ path, fullPage: true });
+    } catch (error) {
+      if (!left || !String(error).includes("Unable to capture screenshot")) throw error;
+      await page.waitForTimeout(500);
+    }
+  }
+};
 const seen = { requests: [], errors: [] };
 const desk = { viewport: { width: 1280, height: 900 } };
 const phone = { viewport: { width: 390, height: 844 }, isMobile: true, hasTouch: true };
@@ -61,7 +72,7 @@ for (const scheme of ["light", "dark", "phone"]) {
     await pictured.goto(page.url());
     await pictured.evaluate(() => document.querySelectorAll("details").forEach((details) => (details.open = true)));
   }
-  await pictured.screenshot({ path: `${pictures}-${scheme}.png`, fullPage: true });
+  await take(pictured, `${pictures}-${scheme}.png`);
   await page.close();
 }
 await browser.close();
