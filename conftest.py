@@ -36,7 +36,10 @@ _LONGEST_FIRST = (
 )
 """Files of a quarter of a minute and more, by what they take: so no worker waits for one of them at the end."""
 
-_SLOW_TOO = ("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build")
+_SLOW_TOO = (
+    *("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build"),
+    *("test_backend_faults", "test_attention_faults", "test_baseline_faults"),
+)
 """In their own order: what a compiled module keeps on the device is alive until the next one is compiled."""
 
 
