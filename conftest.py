@@ -40,7 +40,7 @@ _SLOW_TOO = (
     *("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build"),
     *("test_backend_faults", "test_attention_faults", "test_baseline_faults"),
 )
-"""In their own order: what a compiled module keeps on the device is alive until the next one is compiled."""
+"""Not moved: what a compiled module keeps on the device is alive until the next is compiled, and device tests look there."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -71,9 +71,8 @@ class OutputDigest:
     @property
     def where(self) -> str:
         """``transformer, step 2``."""
-        name = self.component or "the pipeline"
-        leaf = "" if self.leaf in ("0", "images", "sample") else f".{self.leaf}"
-        return f"{name}{leaf}, step {self.step}" if self.component else f"{name}{leaf}"
+        name = (self.component or "the pipeline") + parity.leaf_shown(self.leaf)
+        return f"{name}, step {self.step}" if self.component else name
 
     @property
     def allowed(self) -> float:

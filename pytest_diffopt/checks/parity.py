@@ -141,9 +141,9 @@ def judge(given: Evidence) -> Verdict:
     worst = max(comparisons, key=lambda c: c.excess)
     required = max(c.required for c in comparisons)
     figures: dict[str, Any] = {
-        "required": float(f"{worst.found.rms:.3g}"),
-        "allowed": float(f"{worst.allowed:.3g}"),
-        "required_multiple": float(f"{required:.3g}"),
+        "required": _short(worst.found.rms),
+        "allowed": _short(worst.allowed),
+        "required_multiple": _short(required),
         "multiple": given.limits.parity_multiple,
         "worst": describe(worst.output),
         "compared": len(comparisons),
@@ -227,10 +227,10 @@ def by_component(comparisons: Iterable[Comparison]) -> dict[str, dict[str, float
             worst[name] = c
     return {
         name: {
-            "required": float(f"{c.found.rms:.3g}"),
-            "allowed": float(f"{c.allowed:.3g}"),
-            "floor": float(f"{c.floor:.3g}"),
-            "excess": float(f"{c.excess:.3g}"),
+            "required": _short(c.found.rms),
+            "allowed": _short(c.allowed),
+            "floor": _short(c.floor),
+            "excess": _short(c.excess),
             "detects": _short(seen[name].scale) if name in seen else None,
             "detects_error": _short(seen[name].error) if name in seen else None,
         }
@@ -319,10 +319,15 @@ def _blamed(first: Comparison, comparisons: list[Comparison], changed: dict[str,
     )
 
 
+def leaf_shown(leaf: str) -> str:
+    """A tensor's place in what was returned, as it follows a name; empty for the one that a result is about."""
+    return "" if leaf in ("0", "images", "sample") else f".{leaf}"
+
+
 def describe(output: Output) -> str:
     """Which tensor, in words: ``transformer, step 2 of call 0``."""
     name = output.component or "the output"
-    leaf = "" if output.leaf in ("0", "images", "sample") else f".{output.leaf}"
+    leaf = leaf_shown(output.leaf)
     step = f"step {output.step} of " if output.component and output.component != INPUTS_AFTER else ""
     return f"{name}{leaf}, {step}call {output.call}"
 

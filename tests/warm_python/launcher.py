@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 
 FOLDER = "DIFFOPT_TEST_WARM_PYTHON"
@@ -23,19 +24,25 @@ _PAGES = "from pytest_diffopt.documentation.processes import serve; serve()"
 
 # Read when a library is imported or loaded: a process with other values needs a server of its own.
 _READ_AT_IMPORT = (
-    *(
-        "TORCH",
-        "PYTORCH",
-        "OMP_",
-        "MKL_",
-        "OPENBLAS",
-        "HF_",
-        "HUGGINGFACE",
-        "TRANSFORMERS_",
-        "DIFFUSERS_",
-        "ACCELERATE_",
-    ),
-    *("BNB_", "CUDA", "NVIDIA", "TRITON", "TOKENIZERS_", "KMP_", "LD_", "MALLOC_", "PYTHON"),
+    "TORCH",
+    "PYTORCH",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS",
+    "KMP_",
+    "LD_",
+    "MALLOC_",
+    "CUDA",
+    "NVIDIA",
+    "TRITON",
+    "HF_",
+    "HUGGINGFACE",
+    "TOKENIZERS_",
+    "TRANSFORMERS_",
+    "DIFFUSERS_",
+    "ACCELERATE_",
+    "BNB_",
+    "PYTHON",
 )
 _READ_LATER = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
 
@@ -83,8 +90,6 @@ def server_of(interpreter: str, folder: str, owner: str) -> socket.socket | None
                     cwd=folder,
                 )
     connection = socket.socket(socket.AF_UNIX)
-    import time
-
     for _ in range(6000):
         try:
             connection.connect(f"{place}.socket")
