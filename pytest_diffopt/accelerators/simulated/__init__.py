@@ -1,53 +1,65 @@
-"""A simulated accelerator: importing this makes ``torch.device("sim")`` and ``torch.sim``.
+"""CUDA, simulated: ``with simulated_cuda("rtx-4090") as gpu:`` makes ``torch.device("cuda")`` that GPU, with no GPU.
 
-Tensors on it live in host memory and are computed by the CPU's kernels, with the same bits; what is simulated is
-the *device*: each byte on it is counted, tensors of different devices do not mix, copies across are counted, its memory
-has an end. The library behind it is built on first use (see :mod:`.build`).
+Tensors on it live in host memory and are computed by the CPU's kernels; what is simulated is the *device*: each byte on
+it is counted, tensors of different devices do not mix, copies across are counted, its memory has an end. torch's own
+Python for CUDA runs on it. The library behind it is built on first use (see :mod:`.build`).
 
-Other libraries' lists of devices leave it out: ``with adapted_libraries():`` adapts them and gives them back,
-:func:`adapt_libraries` adapts them until the process ends, and so does ``DIFFOPT_SIM_ADAPT=1`` at the import.
-
-``DIFFOPT_SIM_DEVICES`` says how many devices there are: 2 if it is not set.
+Importing this changes nothing. What ``torch.cuda`` has no name for is here and on ``gpu``.
 """
 
 from __future__ import annotations
 
-import torch
-
-from pytest_diffopt.accelerators.simulated.build import ensure_library
-from pytest_diffopt.accelerators.simulated.libraries import (
-    adapt_as_environment_says,
-    adapt_libraries,
-    adapted_libraries,
+from pytest_diffopt.accelerators.simulated.dry import (
+    dry,
+    host_memory_stats,
+    is_dry,
+    is_hollow,
+    register_cost,
+    register_dry_kernel,
+    reset_peak_host_memory_stats,
 )
-from pytest_diffopt.errors import UnverifiableError
+from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
+from pytest_diffopt.accelerators.simulated.measures import (
+    MemoryEvent,
+    is_caching_allocator,
+    kernel_count,
+    mark_memory_events,
+    memory_blocks,
+    record_memory_events,
+    record_operations,
+    recorded_memory_events,
+    recorded_operations,
+    replay_reserved_memory,
+    reset_counts,
+    set_caching_allocator,
+    set_memory_limit,
+    transfer_stats,
+)
 
-__all__ = ["adapt_libraries", "adapted_libraries"]
+OF_A_GPU = frozenset(
+    [
+        "dry",
+        "host_memory_stats",
+        "is_caching_allocator",
+        "is_dry",
+        "is_hollow",
+        "kernel_count",
+        "mark_memory_events",
+        "memory_blocks",
+        "record_memory_events",
+        "record_operations",
+        "recorded_memory_events",
+        "recorded_operations",
+        "register_cost",
+        "register_dry_kernel",
+        "replay_reserved_memory",
+        "reset_counts",
+        "reset_peak_host_memory_stats",
+        "set_caching_allocator",
+        "set_memory_limit",
+        "transfer_stats",
+    ]
+)
+"""What ``gpu`` has besides its own attributes, by name."""
 
-
-def _load() -> None:
-    """Once in a process: torch has a single place for a device of a third party."""
-    if hasattr(torch, "sim"):
-        return
-    other = torch._C._get_privateuse1_backend_name()
-    if other != "privateuseone":
-        raise UnverifiableError(
-            f"The simulated accelerator cannot be used in this process: torch has one place for a third party's device, "
-            f"and {other!r} has taken it. Run without the package that registers it."
-        )
-    library = ensure_library()
-    try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise UnverifiableError(
-            f"The simulated accelerator was built and cannot be loaded ({error.__cause__ or error}); "
-            f"remove {library.parent}, and it is built again."
-        ) from error
-    from pytest_diffopt.accelerators.simulated import face, inductor
-
-    face.register()
-    inductor.register_with_compilers()
-
-
-_load()
-adapt_as_environment_says()
+__all__ = ["OF_A_GPU", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]

@@ -38,7 +38,7 @@ FLAGS_VARIABLE = "DIFFOPT_SIM_CXXFLAGS"
 
 _LOCK_SECONDS = 600.0
 # The longest first: with two processors they make the build's time.
-_ORDER = ("kernels", "python", "fallback", "recurrent", "shapes", "rules", "autocast")
+_ORDER = ("attention", "kernels", "device", "python", "fallback", "recurrent", "shapes", "rules")
 
 
 def ensure_library() -> Path:

@@ -103,7 +103,7 @@ at::Tensor Aliases::device(const at::Tensor& tensor) {
     if (pair.host.unsafeGetTensorImpl() == impl) return pair.device;
   for (auto& argument : host_arguments_)
     if (argument.is_alias_of(tensor)) return tensor;
-  return tensor_over(device_storage(tensor), c10::DispatchKey::PrivateUse1, tensor);
+  return tensor_over(device_storage(tensor), c10::DispatchKey::CUDA, tensor);
 }
 
 bool Aliases::holds(const at::Tensor& device) const {

@@ -3,9 +3,10 @@
 #include "device.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/autograd/engine.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,7 +23,9 @@ namespace {
 using c10::Device;
 using c10::DeviceIndex;
 
-int g_device_count = 2;
+std::atomic<bool> g_active{false};
+std::atomic<int> g_device_count{1};
+std::atomic<int> g_capability{80};
 thread_local int t_device = 0;
 thread_local int64_t t_streams[kMaxDevices] = {0};
 std::atomic<int64_t> g_next_stream{1};
@@ -37,7 +40,7 @@ struct Generator final : at::CPUGeneratorImpl {
 
   explicit Generator(int index) : inner(at::detail::createCPUGenerator()) {
     device_ = sim_device(index);
-    key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+    key_set_ = c10::DispatchKeySet(c10::DispatchKey::CUDA);
   }
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   uint64_t current_seed() const override { return inner.current_seed(); }
@@ -72,12 +75,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   Device getDevice() const override { return sim_device(t_device); }
   void setDevice(Device device) const override {
-    if (device.has_index()) set_current_device(device.index());
+    if (device.has_index()) t_device = device.index();  // each thread of the autograd engine, whether its GPU is there or not
   }
   void uncheckedSetDevice(Device device) const noexcept override {
     if (device.has_index()) t_device = device.index();
   }
-  DeviceIndex deviceCount() const noexcept override { return static_cast<DeviceIndex>(g_device_count); }
+  // The autograd engine starts as many threads when it first runs, and never asks again.
+  DeviceIndex deviceCount() const noexcept override { return g_active ? kMaxDevices : 0; }
   c10::DeviceCapability getDeviceCapability(Device) const override { return c10::DeviceCapability(); }
 
   c10::Stream stream(Device device, int64_t id) const {
@@ -113,13 +117,29 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return std::chrono::duration<double, std::milli>(to.time - from.time).count();
   }
 };
-C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
-
-struct Hooks final : at::PrivateUse1HooksInterface {
+struct Hooks final : at::CUDAHooksInterface {
   void init() const override {}
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  bool hasPrimaryContext(DeviceIndex device) const override { return device >= 0 && device < g_device_count; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasCUDART() const override { return true; }
+  // torch chooses a convolution's kernel, its layout and attention's kernel by these
+  bool hasCuDNN() const override { return true; }
+  bool compiledWithCuDNN() const override { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return g_capability >= 80; }
+  bool supportsBFloat16RNNWithCuDNN() const override { return g_capability >= 80; }
+  long versionCuDNN() const override { return kCudnnVersion; }
+  long versionRuntimeCuDNN() const override { return kCudnnVersion; }
+  long versionCUDART() const override { return kCudaVersion; }
+  double batchnormMinEpsilonCuDNN() const override { return 1e-5; }
+  std::string showConfig() const override { return "Simulated CUDA, computed by the host"; }
+  DeviceIndex current_device() const override { return static_cast<DeviceIndex>(t_device); }
+  int getNumGPUs() const override { return g_device_count; }
+  at::Allocator* getCUDADeviceAllocator() const override { return device_allocator(); }
+  void deviceSynchronize(DeviceIndex device) const override { resolve_device(device); }
 
   DeviceIndex deviceCount() const override { return static_cast<DeviceIndex>(g_device_count); }
   DeviceIndex getCurrentDevice() const override { return static_cast<DeviceIndex>(t_device); }
@@ -143,10 +163,6 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   at::Generator getNewGenerator(DeviceIndex device) const override {
     return at::make_generator<Generator>(resolve_device(device));
   }
-
-  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-    resize_storage(*storage.unsafeGetStorageImpl(), bytes);
-  }
 };
 
 }  // namespace
@@ -158,9 +174,8 @@ void check_device(int64_t index) {
   if (index >= 0 && index < g_device_count) return;
   throw c10::AcceleratorError(
       {__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, kInvalidDevice,
-      "sim error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?\nFound sim:" +
-          std::to_string(index) + "; there are " + std::to_string(g_device_count) +
-          " simulated devices (DIFFOPT_SIM_DEVICES says how many).");
+      "CUDA error: invalid device ordinal\nGPU device may be out of range, do you have enough GPUs?\nFound cuda:" +
+          std::to_string(index) + "; there are " + std::to_string(g_device_count.load()) + " simulated GPUs.");
 }
 
 void set_current_device(int64_t index) {
@@ -185,23 +200,74 @@ const at::Generator& default_generator(int64_t index) {
 
 at::Generator host_generator(const at::Generator& generator) {
   TORCH_CHECK(
-      generator.device().type() == kSim, "Expected a 'sim' device type for generator but found '",
+      generator.device().type() == kSim, "Expected a 'cuda' device type for generator but found '",
       generator.device().type(), "'");
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
-void set_device_count(int64_t count) {
-  TORCH_CHECK_VALUE(count >= 1 && count <= kMaxDevices, "device count: found ", count, "; it takes 1 to ", kMaxDevices);
-  g_device_count = static_cast<int>(count);
-}
+int capability() { return g_capability; }
+
+// ------------------------------------------------------------------------------------------- borrowed and given back
 
 namespace {
-struct Registration {
-  Registration() {
-    at::RegisterPrivateUse1HooksInterface(new Hooks());
-    install_allocators();
+
+// The autograd engine, which starts the threads of its devices when it first runs: where that was before there was one,
+// they are started now.
+struct Engine : torch::autograd::Engine {
+  static void have_device_threads() {
+    auto& engine = torch::autograd::Engine::get_default_engine();
+    const bool ran = (engine.*&Engine::thread_pool_shared_) != nullptr;
+    const bool has_threads = !(engine.*&Engine::device_ready_queues_).empty();
+    if (ran && !has_threads) (engine.*&Engine::start_device_threads)();
   }
-} g_registration;
+};
+
+// torch made its hooks before this library was loaded, as one object without members: it takes our functions for a while.
+class BorrowedHooks {
+ public:
+  void take() {
+    static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface) && sizeof(Hooks) == sizeof(void*));
+    std::memcpy(&theirs_, place(), sizeof theirs_);
+    new (place()) Hooks();
+  }
+  void give_back() { std::memcpy(place(), &theirs_, sizeof theirs_); }
+
+ private:
+  static void* place() { return const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks()); }
+  void* theirs_ = nullptr;
+} g_hooks;
+
+const c10::impl::DeviceGuardImplInterface* g_their_guard = nullptr;
+Guard g_guard;
+
+std::atomic<const c10::impl::DeviceGuardImplInterface*>& guard_place() {
+  return c10::impl::device_guard_impl_registry[static_cast<size_t>(kSim)];
+}
+
 }  // namespace
+
+bool active() { return g_active; }
+
+void activate(int64_t devices, int64_t capability) {
+  TORCH_CHECK(!g_active, "The simulated GPU is in use already.");
+  TORCH_CHECK_VALUE(devices >= 1 && devices <= kMaxDevices, "devices: found ", devices, "; it takes 1 to ", kMaxDevices);
+  g_device_count = static_cast<int>(devices);
+  g_capability = static_cast<int>(capability);
+  t_device = 0;
+  std::fill_n(t_streams, kMaxDevices, 0);
+  install_allocators();
+  g_hooks.take();
+  g_their_guard = guard_place().exchange(&g_guard);
+  g_active = true;
+  Engine::have_device_threads();
+}
+
+void deactivate() {
+  TORCH_CHECK(g_active, "The simulated GPU is not in use.");
+  g_active = false;
+  guard_place().store(g_their_guard);
+  g_hooks.give_back();
+  uninstall_allocators();
+}
 
 }  // namespace sim

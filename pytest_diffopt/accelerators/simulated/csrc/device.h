@@ -1,12 +1,14 @@
-// How many simulated devices there are, which is current on this thread, and their generators.
+// Which simulated GPUs there are and since when, which is current on this thread, and their generators.
 #pragma once
 #include <ATen/core/Generator.h>
 #include <c10/core/Device.h>
 
 namespace sim {
 
-constexpr auto kSim = c10::DeviceType::PrivateUse1;
+constexpr auto kSim = c10::DeviceType::CUDA;
 constexpr int kMaxDevices = 16;
+constexpr int kCudaVersion = 13000;   // what the simulated GPU says of its libraries
+constexpr int kCudnnVersion = 91900;
 
 int device_count();
 int current_device();
@@ -23,7 +25,12 @@ const at::Generator& default_generator(int64_t index);
 // The host generator that draws for `generator`. Raises for a generator of another device, as CUDA does.
 at::Generator host_generator(const at::Generator& generator);
 
-// Once, before the first tensor: the autograd engine starts one thread a device and never asks again.
-void set_device_count(int64_t count);
+// Of the GPU that is simulated: 89 is sm_89.
+int capability();
+
+// From activate to deactivate the device is there: hooks, guard and allocators of torch's key CUDA are ours.
+bool active();
+void activate(int64_t devices, int64_t capability);
+void deactivate();
 
 }  // namespace sim

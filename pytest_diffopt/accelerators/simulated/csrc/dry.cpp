@@ -39,7 +39,7 @@ int64_t real_bytes() { return g_real_bytes.load(std::memory_order_relaxed); }
 void refuse_hollow(const char* operation) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !dry(), "On the dry device the value of a tensor is needed that nobody computed, and there is no rule for it (when "
-              "running ", operation, "). torch.sim.register_dry_kernel gives it one.");
+              "running ", operation, "). pytest_diffopt.accelerators.simulated.register_dry_kernel gives it one.");
   TORCH_CHECK(
       false, "A tensor of the simulated device was made while it was dry and has no data; the device is not dry any more "
              "(when running ", operation, ").");

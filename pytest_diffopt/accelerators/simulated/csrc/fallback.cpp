@@ -147,7 +147,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (stranger && aliases.index >= 0) {
     TORCH_CHECK(
         stranger->is_cpu() && takes_host_indices(op.operator_name().name),
-        "Expected all tensors to be on the same device, but found at least two devices, sim:", aliases.index, " and ",
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:", aliases.index, " and ",
         *stranger, "! (when checking arguments of ", toString(op.operator_name()), ")");
   }
   // torch comes here for the generator's sake alone
@@ -217,11 +217,11 @@ std::vector<std::string> recorded_operations() {
   return lines;
 }
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 // Operations that have a kernel for the CPU besides a composite one: the composite one would be taken, and its result
 // differs from the host's in the last bits.
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   for (const auto* name :
        {"native_layer_norm", "native_group_norm", "_stack", "addr", "all.dims", "any.dims", "all.dims_out",
         "any.dims_out", "linalg__powsum", "native_channel_shuffle", "silu_backward", "mish_backward",
@@ -232,13 +232,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 // Structured operations: torch's composite kernel for a third party's device works out shapes, allocates and calls the
 // out= variant, which works them out again. The host's own kernel does it once.
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getRegistrationsForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
     const auto op = dispatcher.findOp(name);
     // advanced indexing checks its own devices, in words of its own
     if (name.getNamespace() != "aten" || takes_host_indices(name.name) || !op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU) ||
-        op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1))
+        op->hasKernelForDispatchKey(c10::DispatchKey::CUDA))
       continue;
     m.impl(toString(name).c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
@@ -246,7 +246,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 // bitsandbytes' kernels for a device that it does not know go through torch.compile and fall back in silence if that
 // fails; its kernels for the CPU are the ones to compare with.
-TORCH_LIBRARY_IMPL(bitsandbytes, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
   for (const auto* name :
        {"dequantize_4bit", "dequantize_blockwise", "quantize_blockwise", "int8_linear_matmul", "gemv_4bit"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());

@@ -2,11 +2,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/native/ConvUtils.h>
-#include <ATen/native/DispatchStub.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
-#include <ATen/native/transformers/attention.h>
-#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
@@ -36,7 +33,7 @@ namespace {
 using at::Tensor;
 using c10::IntArrayRef;
 
-constexpr auto kKeys = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+constexpr auto kKeys = c10::DispatchKeySet(c10::DispatchKey::CUDA);
 
 void check_options(std::optional<c10::Layout> layout, std::optional<bool> pin) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -234,22 +231,36 @@ void check_same_device(const Tensor& first, const Tensor& other) {
       other.device(), "! (when checking arguments of a convolution)");
 }
 
-// FakeTensors foretell the layout of a convolution's result (see inductor.py) by the rule that holds for the host's
-// kernels and for cuDNN: channels last if the input or the weight is. Whatever the host's kernel returned is brought
-// into it, the strides of dimensions of size 1 as well.
-Tensor in_foretold_layout(const Tensor& result, const Tensor& input, const Tensor& weight) {
-  if (!result.defined()) return result;
-  const auto format = at::native::_determine_backend_memory_format(input, weight, at::native::ConvBackend::Mkldnn);
-  const Tensor laid_out = result.contiguous(format);
-  const auto sizes = laid_out.sizes();
-  if (format == c10::MemoryFormat::ChannelsLast)
-    return laid_out.as_strided(sizes, c10::get_channels_last_strides_2d(sizes));
-  if (format == c10::MemoryFormat::ChannelsLast3d)
-    return laid_out.as_strided(sizes, c10::get_channels_last_strides_3d(sizes));
-  return laid_out.as_strided(sizes, c10::contiguous_strides(sizes));
-}
+// The layout that CUDA's own choice of a kernel gives a convolution's result; FakeTensors foretell the same one.
+struct Layout {
+  c10::MemoryFormat format;
 
-Tensor convolution(
+  Layout(
+      const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+      IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
+      at::OptionalIntArrayRef bias_sizes = std::nullopt) {
+    const auto sym = [](IntArrayRef numbers) { return c10::fromIntArrayRefSlow(numbers); };
+    at::OptionalSymIntArrayRef sizes;
+    if (bias_sizes.has_value()) sizes = sym(*bias_sizes);
+    const auto backend = at::native::select_conv_backend(
+        input, weight, bias, sym(stride), sym(padding), sym(dilation), transposed, sym(output_padding), groups, sizes);
+    format = at::native::_determine_backend_memory_format(input, weight, backend);
+  }
+
+  // Whatever the host's kernel returned is brought into it, the strides of dimensions of size 1 as well.
+  Tensor of(const Tensor& result) const {
+    if (!result.defined()) return result;
+    const Tensor laid_out = result.contiguous(format);
+    const auto sizes = laid_out.sizes();
+    if (format == c10::MemoryFormat::ChannelsLast)
+      return laid_out.as_strided(sizes, c10::get_channels_last_strides_2d(sizes));
+    if (format == c10::MemoryFormat::ChannelsLast3d)
+      return laid_out.as_strided(sizes, c10::get_channels_last_strides_3d(sizes));
+    return laid_out.as_strided(sizes, c10::contiguous_strides(sizes));
+  }
+};
+
+Tensor run_convolution(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
   check_same_device(input, weight);
@@ -263,7 +274,8 @@ Tensor convolution(
   if (bias.has_value() && bias->defined()) host_bias = aliases.host(*bias);
   const Tensor result = at::convolution(
       host_input, host_weight, host_bias, stride, padding, dilation, transposed, output_padding, groups);
-  const Tensor returned = aliases.device(in_foretold_layout(result, input, weight));
+  const Layout layout(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+  const Tensor returned = aliases.device(layout.of(result));
   if (dry())
     if (const auto rule = find_rule(Rule::Cost, {"aten::convolution", ""}))
       charge_cost(
@@ -272,100 +284,36 @@ Tensor convolution(
   return returned;
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(
-    const Tensor& grad, const Tensor& input, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
-    IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
+Tensor convolution_with_flags(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
+    bool /*benchmark*/, bool /*deterministic*/, bool /*cudnn_enabled*/, bool /*allow_tf32*/) {
+  return run_convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_convolution_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, at::OptionalIntArrayRef bias_sizes,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+    int64_t groups, std::array<bool, 3> wanted) {
   check_same_device(input, weight);
   check_same_device(input, grad);
   const Running running("aten::convolution_backward");
   Aliases aliases(hollow(input) || hollow(weight) || hollow(grad));
   count_kernel(input.device().index());
   KernelScope kernel;
-  const int64_t bias_size = transposed ? weight.size(1) * groups : weight.size(0);
   const Tensor host_grad = aliases.host(grad), host_input = aliases.host(input), host_weight = aliases.host(weight);
   auto [by_input, by_weight, by_bias] = at::convolution_backward(
-      host_grad, host_input, host_weight, IntArrayRef(bias_size), stride, padding, dilation, transposed,
+      host_grad, host_input, host_weight, bias_sizes, stride, padding, dilation, transposed,
       output_padding, groups, wanted);
+  const Layout layout(
+      input, weight, std::nullopt, stride, padding, dilation, transposed, output_padding, groups, bias_sizes);
   return {
-      aliases.device(in_foretold_layout(by_input, input, weight)),
-      aliases.device(in_foretold_layout(by_weight, input, weight)), aliases.device(by_bias)};
-}
-
-// -------------------------------------------------------------------------------------------------- attention
-
-// The host's fused kernel takes these. Metadata only: FakeTensors reach it.
-bool host_flash_takes(const sdp::sdp_params& p) {
-  const auto dtype = p.query.scalar_type();
-  const bool known = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-  const auto width = p.query.dim() == 4 ? p.query.sym_size(3) : c10::SymInt(0);
-  return known && p.key.scalar_type() == dtype && p.value.scalar_type() == dtype && sdp::check_nested_tensor(p, false) &&
-      sdp::check_for_dropout(p, false) && sdp::check_tensor_shapes(p, false) &&
-      sdp::check_batch_size_and_num_heads_dense</*supports_gqa=*/true>(p, false) &&
-      sdp::check_attn_mask_shape(p, false) && p.key.sym_size(3) == width && p.value.sym_size(3) == width &&
-      sdp::check_nonzero_sequence_lengths_dense(p, false) && p.query.sym_stride(-1) == 1 &&
-      p.key.sym_stride(-1) == 1 && p.value.sym_stride(-1) == 1;
-}
-
-// What CUDA's kernels take on a device of capability 8.0, which the face tells of this one. Source, pytorch/pytorch:
-// aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and its neighbours.
-struct CudasFused {
-  const sdp::sdp_params& p;
-
-  bool dense() const {
-    return sdp::check_nested_tensor(p, false) && sdp::check_tensor_shapes(p, false) &&
-        sdp::check_batch_size_and_num_heads_dense</*supports_gqa=*/true>(p, false) &&
-        sdp::check_nonzero_sequence_lengths_dense(p, false) && sdp::check_attn_mask_shape(p, false) &&
-        whole_rows(p.query) && whole_rows(p.key) && whole_rows(p.value);
-  }
-  bool flash() const {
-    return half() && !p.attn_mask.has_value() && width(p.key) == width(p.query) && width(p.value) == width(p.query) &&
-        width(p.query) <= 256 && (!p.is_causal || p.query.sym_size(2) == p.key.sym_size(2));
-  }
-  bool efficient() const {
-    const int64_t aligned = half() ? 8 : 4;
-    return (half() || is({at::kFloat})) && width(p.key) == width(p.query) && width(p.query) % aligned == 0 &&
-        width(p.value) % aligned == 0;
-  }
-  bool cudnn() const {
-    return half() && width(p.query) <= 128 && width(p.value) <= 128 && width(p.query) % 8 == 0 &&
-        width(p.value) % 8 == 0 && width(p.key) == width(p.query) && p.key.sym_size(2) != 1;
-  }
-
- private:
-  static c10::SymInt width(const Tensor& tensor) { return tensor.sym_size(3); }
-  static bool whole_rows(const Tensor& tensor) { return tensor.sym_stride(-1) == 1 || tensor.sym_size(-1) == 1; }
-  bool is(std::initializer_list<c10::ScalarType> known) const {
-    const auto dtype = p.query.scalar_type();
-    return p.key.scalar_type() == dtype && p.value.scalar_type() == dtype &&
-        std::find(known.begin(), known.end(), dtype) != known.end();
-  }
-  bool half() const { return is({at::kHalf, at::kBFloat16}); }
-};
-
-// One fused kernel stands for all of CUDA's: the host's, so the scores are not held in memory. With every kernel allowed
-// it runs wherever it can; with some of them forbidden, where CUDA would run one of those that are left.
-int64_t attention_choice(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
-    bool causal, std::optional<double> /*scale*/, bool grouped) {
-  constexpr auto kFused = static_cast<int64_t>(at::SDPBackend::flash_attention);
-  constexpr auto kMath = static_cast<int64_t>(at::SDPBackend::math);
-  const auto& context = at::globalContext();
-  const bool flash = context.userEnabledFlashSDP(), efficient = context.userEnabledMemEfficientSDP(),
-             cudnn = context.userEnabledCuDNNSDP(), math = context.userEnabledMathSDP();
-  const sdp::sdp_params given{query, key, value, mask, dropout, causal, grouped};
-  const bool runs_fused = (flash || efficient || cudnn) && host_flash_takes(given);
-  if (flash && efficient && cudnn && math) return runs_fused ? kFused : kMath;
-  const CudasFused cuda{given};
-  if ((flash || efficient || cudnn) && cuda.dense() &&
-      ((flash && cuda.flash()) || (efficient && cuda.efficient()) || (cudnn && cuda.cudnn())))
-    return runs_fused ? kFused : kMath;  // dropout, and a value of another width: the host computes those step by step
-  TORCH_CHECK(math, "No available kernel. Aborting execution.");
-  return kMath;
+      aliases.device(layout.of(by_input)), aliases.device(layout.of(by_weight)), aliases.device(by_bias)};
 }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("_efficientzerotensor", efficient_zeros);
@@ -383,22 +331,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("_has_compatible_shallow_copy_type", may_swap);
   m.impl("record_stream", record_stream);
-  m.impl("convolution_overrideable", convolution);
-  m.impl("convolution_backward_overrideable", convolution_backward);
-  m.impl("_fused_sdp_choice", attention_choice);
+  m.impl("convolution", run_convolution);
+  m.impl("_convolution", convolution_with_flags);
+  m.impl("convolution_backward", run_convolution_backward);
 }
 
 }  // namespace
-
-int64_t choose_attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout,
-    bool causal, std::optional<double> scale, bool grouped) {
-  return attention_choice(query, key, value, mask, dropout, causal, scale, grouped);
-}
-
 }  // namespace sim
-
-namespace at::native {
-// scaled_dot_product_attention asks this table, not the dispatcher.
-REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &sim::choose_attention)
-}  // namespace at::native

@@ -30,6 +30,7 @@ struct Memory {
   Counters counters;
   CachingModel cache;
   int64_t uncached = 0;  // reserved for blocks that were taken while caching was off
+  int64_t whole = kDefaultCapacity;  // what it began with
   int64_t capacity = kDefaultCapacity;
   int64_t allowed = kDefaultCapacity;
 };
@@ -112,11 +113,14 @@ void charge(Header& header, int device, int64_t bytes) {
     c.out_of_memory++;
     const auto share = memory.allowed < memory.capacity ? in_units(memory.allowed) + " allowed; " : std::string();
     TORCH_CHECK_WITH(
-        OutOfMemoryError, false, "sim out of memory. Tried to allocate ", in_units(bytes), ". GPU ", device,
+        OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", in_units(bytes), ". GPU ", device,
         " has a total capacity of ", in_units(memory.capacity), " of which ",
-        in_units(memory.capacity - c.reserved), " is free. ", share, "Of the allocated memory ",
-        in_units(c.allocated), " is allocated by PyTorch, and ", in_units(c.reserved - c.allocated),
-        " is reserved by PyTorch but unallocated.");
+        in_units(memory.capacity - c.reserved), " is free. Including non-PyTorch memory, this process has ",
+        in_units(c.reserved), " memory in use. ", share, "Of the allocated memory ", in_units(c.allocated),
+        " is allocated by PyTorch, and ", in_units(c.reserved - c.allocated),
+        " is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for Memory Management "
+        " (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)");
   }
   const int64_t charged = block ? block->size : bytes;
   header.requested = bytes;
@@ -236,7 +240,7 @@ void* hollow_address(size_t bytes) {
       mmap(nullptr, kSpan, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   static size_t next = 0;
   TORCH_CHECK(base != MAP_FAILED, "The simulated device cannot run dry: no address space is left for it.");
-  TORCH_CHECK(bytes < kLargest, "sim out of memory. Tried to allocate ", in_units(static_cast<int64_t>(bytes)), ".");
+  TORCH_CHECK(bytes < kLargest, "CUDA out of memory. Tried to allocate ", in_units(static_cast<int64_t>(bytes)), ".");
   std::lock_guard<std::mutex> held(lock());
   if (next > kSpan - kLargest) next = 0;
   char* address = base + next;
@@ -350,13 +354,32 @@ Header* known_header(const c10::DataPtr& data) {
 
 }  // namespace
 
-REGISTER_ALLOCATOR(kSim, &g_device_memory);
 
 c10::Allocator* device_allocator() { return &g_device_memory; }
 c10::Allocator* host_allocator() { return &g_host_memory; }
 c10::Allocator* pinned_allocator() { return &g_pinned_memory; }
 
-void install_allocators() { c10::SetCPUAllocator(&g_host_memory, /*priority=*/200); }
+namespace {
+// SetAllocator never gives a place to a lower priority again.
+constexpr uint8_t kPriority = 200;
+c10::Allocator *g_their_host = nullptr, *g_their_device = nullptr;
+}  // namespace
+
+void install_allocators() {
+  g_their_host = c10::GetCPUAllocator();
+  try {
+    g_their_device = c10::GetAllocator(kSim);
+  } catch (const c10::Error&) {  // a build of torch for the CPU has none
+    g_their_device = nullptr;
+  }
+  c10::SetCPUAllocator(&g_host_memory, kPriority);
+  c10::SetAllocator(kSim, &g_device_memory, kPriority);
+}
+
+void uninstall_allocators() {
+  c10::SetCPUAllocator(g_their_host, kPriority);
+  c10::SetAllocator(kSim, g_their_device, kPriority);
+}
 
 bool is_pinned(const void* pointer) {
   std::lock_guard<std::mutex> held(lock());
@@ -523,7 +546,12 @@ int64_t capacity(int device) {
 void set_capacity(int device, int64_t bytes) {
   std::lock_guard<std::mutex> held(lock());
   auto& memory = memories()[device];
-  memory.capacity = memory.allowed = bytes < 0 ? kDefaultCapacity : bytes;
+  memory.capacity = memory.allowed = bytes < 0 ? memory.whole : bytes;
+}
+
+void set_default_capacity(int device, int64_t bytes) {
+  std::lock_guard<std::mutex> held(lock());
+  memories()[device].whole = bytes;
 }
 
 int64_t allowed(int device) {

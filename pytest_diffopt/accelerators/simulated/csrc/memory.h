@@ -40,6 +40,8 @@ c10::Allocator* pinned_allocator();
 
 // The host allocator becomes torch's own for the CPU, so that what a CPU kernel allocates can be handed to a device.
 void install_allocators();
+// torch's own allocator for the host is in its place again. Blocks of ours live on.
+void uninstall_allocators();
 
 bool is_pinned(const void* pointer);
 
@@ -83,7 +85,9 @@ void reset_counts(int device);
 void empty_cache();
 
 int64_t capacity(int device);
+// Negative for what it began with.
 void set_capacity(int device, int64_t bytes);
+void set_default_capacity(int device, int64_t bytes);
 // What this process may reserve of it.
 int64_t allowed(int device);
 void set_allowed(int device, int64_t bytes);

@@ -16,7 +16,9 @@ namespace sim {
 
 TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("device_count", []() -> int64_t { return device_count(); });
-  m.def("set_device_count", [](int64_t count) { set_device_count(count); });
+  m.def("activate", [](int64_t devices, int64_t capability) { activate(devices, capability); });
+  m.def("deactivate", []() { deactivate(); });
+  m.def("active", []() -> bool { return active(); });
   m.def("current_device", []() -> int64_t { return current_device(); });
   m.def("set_device", [](int64_t device) { set_current_device(device); });
   m.def("check_device", [](int64_t device) { check_device(device); });
@@ -37,6 +39,12 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("allowed", [](int64_t device) -> int64_t { return allowed(resolve_device(device)); });
   m.def("capacity", [](int64_t device) -> int64_t { return capacity(resolve_device(device)); });
   m.def("set_capacity", [](int64_t device, int64_t bytes) { set_capacity(resolve_device(device), bytes); });
+  m.def("set_default_capacity", [](int64_t device, int64_t bytes) {
+    set_default_capacity(resolve_device(device), bytes);
+  });
+  m.def("resize_storage", [](const at::Tensor& of, int64_t bytes) {
+    resize_storage(*of.storage().unsafeGetStorageImpl(), bytes);
+  });
   m.def("set_allowed", [](int64_t device, int64_t bytes) { set_allowed(resolve_device(device), bytes); });
   m.def("set_caching", [](bool on) { set_caching(on); });
   m.def("caching", []() -> bool { return caching(); });

@@ -30,7 +30,7 @@ class Cell {
     if (!tensor.has_value() || !tensor->defined()) return {};
     TORCH_CHECK(
         on_sim(*tensor) && tensor->device().index() == aliases_.index,
-        "Expected all tensors to be on the same device, but found at least two devices, sim:", aliases_.index, " and ",
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:", aliases_.index, " and ",
         tensor->device(), "! (when checking arguments of a recurrent cell)");
     return aliases_.host(*tensor);
   }
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
       cell.device(by_hidden_bias)};
 }
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_thnn_fused_lstm_cell", lstm);
   m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_backward);
   m.impl("_thnn_fused_gru_cell", gru);

@@ -97,10 +97,10 @@ void run_rule(const c10::OperatorHandle& rule, const c10::OperatorHandle& op, to
 
 void intercept(const std::string& name, const std::string& overload) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-  if (op.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1) || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse3))
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CUDA) || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse3))
     return;
   auto handle = c10::Dispatcher::singleton().registerImpl(
-      op.operator_name(), c10::DispatchKey::PrivateUse1,
+      op.operator_name(), c10::DispatchKey::CUDA,
       c10::KernelFunction::makeFromBoxedFunction<&rule_or_composite>(), std::nullopt, nullptr,
       "a rule of the dry simulated device");
   std::lock_guard<std::mutex> held(rules().lock);

@@ -104,7 +104,7 @@ void run_meta_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   TORCH_CHECK_NOT_IMPLEMENTED(
       known, "On the dry device ", toString(op.operator_name()),
-      " has neither a meta kernel nor a rule, so nobody knows what it returns. torch.sim.register_dry_kernel gives it one.");
+      " has neither a meta kernel nor a rule, so nobody knows what it returns. pytest_diffopt.accelerators.simulated.register_dry_kernel gives it one.");
 }
 
 }  // namespace sim
