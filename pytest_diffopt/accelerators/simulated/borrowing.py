@@ -199,7 +199,7 @@ def _borrow_others(borrowed: contextlib.ExitStack) -> None:
     def act(name: str) -> Callable[[types.ModuleType], None]:
         return lambda module: actions[name](module, borrowed)
 
-    watch = AfterImport({name: act(name) for name in actions})
+    watch = AfterImport({name: act(name) for name in actions}, libraries.AROUND)
     borrowed.callback(watch.stop)
     watch.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -10,16 +11,22 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 
 Action = Callable[[types.ModuleType], None]
+Surroundings = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
     """Runs an action after a module's own code, for each module that it names.
 
     Active from :meth:`start` to :meth:`stop`; modules that are imported by :meth:`start` are acted on there.
+
+    Args:
+        actions: what is done to a module, by its name.
+        around: the context in which a module's own code runs, by its name.
     """
 
-    def __init__(self, actions: Mapping[str, Action]) -> None:
+    def __init__(self, actions: Mapping[str, Action], around: Mapping[str, Surroundings] | None = None) -> None:
         self.actions = dict(actions)
+        self.around = dict(around or {})
         self._looking_for: set[str] = set()
 
     def start(self) -> None:
@@ -34,7 +41,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.actions or fullname in self._looking_for:
+        if fullname not in {*self.actions, *self.around} or fullname in self._looking_for:
             return None
         self._looking_for.add(fullname)  # the next finder is asked, and it is not this one
         try:
@@ -47,8 +54,11 @@ class AfterImport(importlib.abc.MetaPathFinder):
         run = loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            run(module)
-            if self in sys.meta_path:
+            if self not in sys.meta_path:
+                return run(module)
+            with self.around.get(fullname, contextlib.nullcontext)():
+                run(module)
+            if fullname in self.actions:
                 self.actions[fullname](module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]

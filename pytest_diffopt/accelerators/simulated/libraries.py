@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 Action = Callable[[types.ModuleType, contextlib.ExitStack], None]
 
@@ -47,6 +49,22 @@ def exchange_everywhere(name: str, old: Any, new: Any) -> None:
         if getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
 
+
+@contextlib.contextmanager
+def _with_no_gpu() -> Iterator[None]:
+    available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = available
+
+
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    # with a GPU it loads its CUDA library, which needs the driver; its kernels of other kinds run on the key as well
+    "bitsandbytes": _with_no_gpu,
+}
+"""In which context a module is imported, by its name."""
 
 ACTIONS: dict[str, Action] = {
     "accelerate.state": _forget_shared_state,
