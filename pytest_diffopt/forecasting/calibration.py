@@ -288,7 +288,7 @@ def measure(
     spans = _Spans(accelerator, progress or (lambda words: None))
     prepared: Prepared | None = None
     stopped = stopped_by = ""
-    with borrowed_state(), quietly(), accelerator.known_to_libraries(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), quietly(), accelerator.in_use(), dynamo_settings(recipe.dynamo):
         try:
             spans.begin("load")
             prepared = prepare(recipe, accelerator, allow_hub=allow_hub, on_loaded=lambda _: spans.begin("place"))

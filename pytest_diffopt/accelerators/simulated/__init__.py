@@ -21,6 +21,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
+    as_capability,
     is_caching_allocator,
     kernel_count,
     mark_memory_events,
@@ -62,4 +63,4 @@ OF_A_GPU = frozenset(
 )
 """What ``gpu`` has besides its own attributes, by name."""
 
-__all__ = ["OF_A_GPU", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]
+__all__ = ["OF_A_GPU", "MemoryEvent", "SimulatedGpu", "as_capability", "current", "simulated_cuda", *sorted(OF_A_GPU)]
