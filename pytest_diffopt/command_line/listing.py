@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.accelerators.gpus import CARDS as KNOWN_CARDS
+from pytest_diffopt.accelerators.gpus import USABLE_NOTE, Card
 from pytest_diffopt.command_line.command import HELD, Command
 from pytest_diffopt.command_line.terminals import has_color, width_of
-from pytest_diffopt.forecasting.cards import CARDS as KNOWN_CARDS
-from pytest_diffopt.forecasting.cards import USABLE_NOTE, Card
 from pytest_diffopt.report.tables import lines_of, new_table
 
 if TYPE_CHECKING:

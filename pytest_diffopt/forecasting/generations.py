@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
+from pytest_diffopt.accelerators.gpus import GenerationName
 from pytest_diffopt.errors import DiffoptError
-
-GenerationName = Literal["turing", "ampere", "ada", "hopper", "blackwell"]
 
 _MIB = 1024**2
 
@@ -22,7 +20,7 @@ class Generation:
     """One generation.
 
     Attributes:
-        name: as :attr:`pytest_diffopt.forecasting.cards.Card.generation`.
+        name: as :attr:`pytest_diffopt.accelerators.gpus.Card.generation`.
         capability: the compute capability of the least of its cards: ``(8, 0)`` is sm80.
         cublas_workspace_bytes: that torch's allocator holds for cuBLAS from the first matrix product on, for each stream
             that makes one. ``:4096:2:16:8`` is 2 × 4096 KiB + 8 × 16 KiB; Hopper and Blackwell have 32 MiB. Source,

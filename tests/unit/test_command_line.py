@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS
 from pytest_diffopt.command_line import forecast as command
 from pytest_diffopt.command_line import whole_files
 from pytest_diffopt.command_line.main import main
 from pytest_diffopt.command_line.selection import Job
 from pytest_diffopt.command_line.whole_files import write_whole
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.record import Forecast
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas.catalogue import registry

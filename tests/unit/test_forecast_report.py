@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pytest_diffopt.forecasting.cards import CARDS, Card
+from pytest_diffopt.accelerators.gpus import CARDS, Card
 from pytest_diffopt.forecasting.record import Fit, Forecast, LiveTensors
 from pytest_diffopt.report.forecasts import (
     ANY_CARD,

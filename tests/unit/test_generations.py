@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS, Card
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import CARDS, Card
 from pytest_diffopt.forecasting.generations import GENERATIONS, generation
 from pytest_diffopt.forecasting.record import CONTEXT_BYTES
 

@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.generations import GenerationName
+
+GenerationName = Literal["turing", "ampere", "ada", "hopper", "blackwell"]
+"""NVIDIA's own names of its architectures; :mod:`pytest_diffopt.forecasting.generations` has what differs between them."""
 
 _MIB = 1024**2
 _GIB = 1024**3

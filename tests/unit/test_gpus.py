@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS, Card, card
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import CARDS, Card, card
 
 GIB = 1024**3
 
