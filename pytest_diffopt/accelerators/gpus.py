@@ -1,4 +1,4 @@
-"""Public cards and the memory that CUDA reports on them, which is less than what is printed on the box.
+"""Public GPUs: the memory that CUDA reports on each, which is less than what is printed on the box, and what it is made of.
 
 How much the driver keeps for itself differs by its version, and error correction takes a part where it is on. So that
 "fits" is never said wrongly, a card has the least that was seen in public, where somebody's program printed it.
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from pytest_diffopt.accelerators.compute_capabilities import ComputeCapability, compute_capability
 from pytest_diffopt.errors import DiffoptError
 
 GenerationName = Literal["turing", "ampere", "ada", "hopper", "blackwell"]
 """NVIDIA's own names of its architectures; :mod:`pytest_diffopt.forecasting.generations` has what differs between them."""
 
+_KIB = 1024
 _MIB = 1024**2
 _GIB = 1024**3
+_GB = 10**9
 
 # More than a driver was seen to keep of a GeForce's memory: 584 MiB, of an RTX 4090 of 24 GiB that reports 23.43.
 _KEPT_BYTES = 600 * _MIB
@@ -32,8 +35,35 @@ USABLE_NOTE = (
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What a card is made of.
+
+    Args:
+        capability: its compute capability, ``(8, 9)``; :attr:`Card.limits` has what follows from it.
+        multiprocessors: that are switched on, ``multi_processor_count``.
+        l2_bytes: its L2 cache, as ``L2_cache_size`` has it.
+        clock_mhz: of its multiprocessors at the most that its maker states, the "boost clock".
+        memory_clock_mhz: as CUDA reports it; the memory transfers twice a cycle of it.
+        bus_bits: the width of the memory's bus.
+        bytes_per_second: of its memory, as its maker states.
+        source: where the figures are from.
+        pcie: generation and lanes of its connector, ``(4, 16)``; None where no source was found.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    l2_bytes: int
+    clock_mhz: int
+    memory_clock_mhz: int
+    bus_bits: int
+    bytes_per_second: int
+    source: str
+    pcie: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Card:
-    """A card and its memory.
+    """A card: its names, its memory and what it is made of.
 
     Args:
         name: what people type, ``"rtx-4090"``; with the memory where a model is sold with several: ``"a100-80gb"``.
@@ -43,7 +73,9 @@ class Card:
         total_bytes: the least that ``torch.cuda.get_device_properties(0).total_memory`` or an out-of-memory error was seen
             to report on Linux; to 0.01 GiB, as printed, where no exact number was seen.
         source: where it was seen, ``"owner/repository#issue"`` or ``"owner/repository: file"``.
-        note: what to know of the number; empty for nothing.
+        cuda_name: what ``torch.cuda.get_device_name()`` says; cards that are sold with two sizes of memory may share it.
+        aliases: what else it is called, written as its name is.
+        note: what to know of the memory; empty for nothing.
         measured: False if no report was found, and ``total_bytes`` is ``nominal_bytes``, or what nvidia-smi has, less what
             drivers were seen to keep.
     """
@@ -54,107 +86,279 @@ class Card:
     nominal_bytes: int
     total_bytes: int
     source: str
+    cuda_name: str
+    hardware: Hardware
+    aliases: tuple[str, ...] = ()
     note: str = ""
     measured: bool = True
 
-
-def _seen(
-    name: str, title: str, generation: GenerationName, nominal_gib: int, total_gib: float, source: str, note: str = ""
-) -> Card:
-    return Card(name, title, generation, nominal_gib * _GIB, int(total_gib * _GIB), source, note)
-
-
-def _exact(
-    name: str, title: str, generation: GenerationName, nominal_gib: int, total_bytes: int, source: str, note: str = ""
-) -> Card:
-    return Card(name, title, generation, nominal_gib * _GIB, total_bytes, source, note)
+    @property
+    def limits(self) -> ComputeCapability:
+        """Threads, registers and shared memory, which its compute capability settles."""
+        return compute_capability(*self.hardware.capability)
 
 
-def _unseen(name: str, title: str, generation: GenerationName, nominal_gib: int, whole_bytes: int, source: str) -> Card:
-    note = "No report of CUDA's total was found: what is known of the card, less 600 MiB, more than drivers were seen to keep."
-    return Card(name, title, generation, nominal_gib * _GIB, whole_bytes - _KEPT_BYTES, source, note, measured=False)
+def _gib(number: float) -> int:
+    return int(number * _GIB)
 
 
+def _unseen(whole_bytes: int) -> int:
+    return whole_bytes - _KEPT_BYTES
+
+
+_UNSEEN_NOTE = (
+    "No report of CUDA's total was found: what is known of the card, less 600 MiB, more than drivers were seen to keep."
+)
 _ECC = "Error correction, which is on by default, takes a part of the memory."
 
+_TECHPOWERUP = "TechPowerUp's GPU database"
+_QUERIED = "what deviceQuery printed of it, in thamada/nvidia-smi; TechPowerUp's GPU database"
+_DATA_SHEET = "NVIDIA's data sheet of it; TechPowerUp's GPU database"
+_WHITE_PAPER = "NVIDIA's white paper of its architecture; TechPowerUp's GPU database"
+
 _CARDS = (
-    _seen("rtx-3060-12gb", "NVIDIA GeForce RTX 3060 12GB", "ampere", 12, 11.75, "smy20011/dreambooth-gui#78"),
-    _seen(
+    Card(
+        "rtx-3060-12gb",
+        "NVIDIA GeForce RTX 3060 12GB",
+        "ampere",
+        12 * _GIB,
+        _gib(11.75),
+        "smy20011/dreambooth-gui#78",
+        "NVIDIA GeForce RTX 3060",
+        Hardware((8, 6), 28, 2304 * _KIB, 1777, 7501, 192, 360 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
         "rtx-3090",
         "NVIDIA GeForce RTX 3090",
         "ampere",
-        24,
-        23.59,
+        24 * _GIB,
+        _gib(23.59),
         "Stable-X/StableNormal#33",
-        "23.70 with other drivers.",
+        "NVIDIA GeForce RTX 3090",
+        Hardware((8, 6), 82, 6 * _MIB, 1695, 9751, 384, 936 * _GB, _QUERIED, (4, 16)),
+        note="23.70 with other drivers.",
     ),
-    _seen("rtx-4060", "NVIDIA GeForce RTX 4060", "ada", 8, 7.75, "ESRSchao/EdgeRegNet#2"),
-    _unseen(
+    Card(
+        "rtx-4060",
+        "NVIDIA GeForce RTX 4060",
+        "ada",
+        8 * _GIB,
+        _gib(7.75),
+        "ESRSchao/EdgeRegNet#2",
+        "NVIDIA GeForce RTX 4060",
+        Hardware((8, 9), 24, 24 * _MIB, 2460, 8501, 128, 272 * _GB, _TECHPOWERUP, (4, 8)),
+    ),
+    Card(
         "rtx-4060-ti-16gb",
         "NVIDIA GeForce RTX 4060 Ti 16GB",
         "ada",
-        16,
         16 * _GIB,
+        _unseen(16 * _GIB),
         "huggingface/huggingface.js#712, its 16 GB",
+        "NVIDIA GeForce RTX 4060 Ti",
+        Hardware((8, 9), 34, 32 * _MIB, 2535, 9001, 128, 288 * _GB, _QUERIED, (4, 8)),
+        note=_UNSEEN_NOTE,
+        measured=False,
     ),
-    _unseen(
-        "rtx-4070", "NVIDIA GeForce RTX 4070", "ada", 12, 12282 * _MIB, "meta-llama/llama#466, 12282 MiB by nvidia-smi"
+    Card(
+        "rtx-4070",
+        "NVIDIA GeForce RTX 4070",
+        "ada",
+        12 * _GIB,
+        _unseen(12282 * _MIB),
+        "meta-llama/llama#466, 12282 MiB by nvidia-smi",
+        "NVIDIA GeForce RTX 4070",
+        Hardware((8, 9), 46, 36 * _MIB, 2475, 10501, 192, 504 * _GB, _TECHPOWERUP, (4, 16)),
+        note=_UNSEEN_NOTE,
+        measured=False,
     ),
-    _unseen(
+    Card(
         "rtx-4080",
         "NVIDIA GeForce RTX 4080",
         "ada",
-        16,
         16 * _GIB,
+        _unseen(16 * _GIB),
         "aigc-apps/sd-webui-EasyPhoto#281, 15.99 GiB on Windows",
+        "NVIDIA GeForce RTX 4080",
+        Hardware((8, 9), 76, 64 * _MIB, 2505, 11201, 256, 717 * _GB, _TECHPOWERUP, (4, 16)),
+        note=_UNSEEN_NOTE,
+        measured=False,
     ),
-    _seen(
+    Card(
         "rtx-4090",
         "NVIDIA GeForce RTX 4090",
         "ada",
-        24,
-        23.43,
+        24 * _GIB,
+        _gib(23.43),
         "siliconflow/onediff: onediff_comfy_nodes/benchmarks/results/exp5/system_info.md",
-        "23.52 to 23.68 with other drivers.",
+        "NVIDIA GeForce RTX 4090",
+        Hardware((8, 9), 128, 72 * _MIB, 2520, 10501, 384, 1008 * _GB, _QUERIED, (4, 16)),
+        note="23.52 to 23.68 with other drivers.",
     ),
-    _seen("rtx-5090", "NVIDIA GeForce RTX 5090", "blackwell", 32, 31.37, "Wan-Video/Wan2.1#465"),
-    _seen("rtx-a4000", "NVIDIA RTX A4000", "ampere", 16, 15.61, "DengKaiCQ/VGGT-Long#6"),
-    _seen("rtx-a6000", "NVIDIA RTX A6000", "ampere", 48, 47.53, "black-forest-labs/flux2#23"),
-    _seen("rtx-6000-ada", "NVIDIA RTX 6000 Ada Generation", "ada", 48, 44.43, "DINGYANB/MTVCrafter#21", _ECC),
-    _exact(
+    Card(
+        "rtx-5090",
+        "NVIDIA GeForce RTX 5090",
+        "blackwell",
+        32 * _GIB,
+        _gib(31.37),
+        "Wan-Video/Wan2.1#465",
+        "NVIDIA GeForce RTX 5090",
+        Hardware((12, 0), 170, 96 * _MIB, 2407, 14001, 512, 1792 * _GB, _TECHPOWERUP, (5, 16)),
+    ),
+    Card(
+        "rtx-a4000",
+        "NVIDIA RTX A4000",
+        "ampere",
+        16 * _GIB,
+        _gib(15.61),
+        "DengKaiCQ/VGGT-Long#6",
+        "NVIDIA RTX A4000",
+        Hardware((8, 6), 48, 4 * _MIB, 1560, 7001, 256, 448 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
+        "rtx-a6000",
+        "NVIDIA RTX A6000",
+        "ampere",
+        48 * _GIB,
+        _gib(47.53),
+        "black-forest-labs/flux2#23",
+        "NVIDIA RTX A6000",
+        Hardware((8, 6), 84, 6 * _MIB, 1800, 8001, 384, 768 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
+        "rtx-6000-ada",
+        "NVIDIA RTX 6000 Ada Generation",
+        "ada",
+        48 * _GIB,
+        _gib(44.43),
+        "DINGYANB/MTVCrafter#21",
+        "NVIDIA RTX 6000 Ada Generation",
+        Hardware((8, 9), 142, 96 * _MIB, 2505, 10001, 384, 960 * _GB, _QUERIED, (4, 16)),
+        aliases=("rtx-6000-ada-generation",),
+        note=_ECC,
+    ),
+    Card(
         "t4",
         "NVIDIA T4",
         "turing",
-        16,
+        16 * _GIB,
         15095 * _MIB,
         "sylvia-ymlin/cuda-kernels-from-scratch: README.md",
-        _ECC,
+        "Tesla T4",
+        Hardware((7, 5), 40, 4 * _MIB, 1590, 5001, 256, 320 * _GB, _DATA_SHEET, (3, 16)),
+        note=_ECC,
     ),
-    _exact("a10", "NVIDIA A10", "ampere", 24, 23_609_475_072, "aalanwyr/face2cuda: step2cuda/README.md", _ECC),
-    _unseen("l4", "NVIDIA L4", "ada", 24, 23034 * _MIB, "NVIDIA/TensorRT-LLM#2398, 23034 MiB by nvidia-smi"),
-    _seen("a30", "NVIDIA A30", "ampere", 24, 23.53, "google/RB-Modulation#5"),
-    _seen("l40", "NVIDIA L40", "ada", 48, 44.40, "QwenLM/Qwen3-VL#2097", _ECC),
-    _seen("l40s", "NVIDIA L40S", "ada", 48, 44.42, "stepfun-ai/Step-Video-T2V#8", _ECC),
-    _exact("a100-40gb", "NVIDIA A100 40GB", "ampere", 40, 42_298_834_944, "bottlerocket-os/bottlerocket#3873"),
-    _seen("a100-80gb", "NVIDIA A100 80GB", "ampere", 80, 79.25, "levihsu/OOTDiffusion#235"),
-    _seen("h100-80gb", "NVIDIA H100 80GB", "hopper", 80, 79.11, "vllm-project/vllm#27508"),
+    Card(
+        "a10",
+        "NVIDIA A10",
+        "ampere",
+        24 * _GIB,
+        23_609_475_072,
+        "aalanwyr/face2cuda: step2cuda/README.md",
+        "NVIDIA A10",
+        Hardware((8, 6), 72, 6 * _MIB, 1695, 6251, 384, 600 * _GB, "aalanwyr/face2cuda: step2cuda/README.md", (4, 16)),
+        note=_ECC,
+    ),
+    Card(
+        "l4",
+        "NVIDIA L4",
+        "ada",
+        24 * _GIB,
+        _unseen(23034 * _MIB),
+        "NVIDIA/TensorRT-LLM#2398, 23034 MiB by nvidia-smi",
+        "NVIDIA L4",
+        Hardware((8, 9), 58, 48 * _MIB, 2040, 6251, 192, 300 * _GB, _QUERIED, (4, 16)),
+        note=_UNSEEN_NOTE,
+        measured=False,
+    ),
+    Card(
+        "a30",
+        "NVIDIA A30",
+        "ampere",
+        24 * _GIB,
+        _gib(23.53),
+        "google/RB-Modulation#5",
+        "NVIDIA A30",
+        Hardware((8, 0), 56, 24 * _MIB, 1440, 1215, 3072, 933 * _GB, _DATA_SHEET, (4, 16)),
+    ),
+    Card(
+        "l40",
+        "NVIDIA L40",
+        "ada",
+        48 * _GIB,
+        _gib(44.40),
+        "QwenLM/Qwen3-VL#2097",
+        "NVIDIA L40",
+        Hardware((8, 9), 142, 96 * _MIB, 2490, 9001, 384, 864 * _GB, _TECHPOWERUP, (4, 16)),
+        note=_ECC,
+    ),
+    Card(
+        "l40s",
+        "NVIDIA L40S",
+        "ada",
+        48 * _GIB,
+        _gib(44.42),
+        "stepfun-ai/Step-Video-T2V#8",
+        "NVIDIA L40S",
+        Hardware((8, 9), 142, 96 * _MIB, 2520, 9001, 384, 864 * _GB, _QUERIED, (4, 16)),
+        note=_ECC,
+    ),
+    Card(
+        "a100-40gb",
+        "NVIDIA A100 40GB",
+        "ampere",
+        40 * _GIB,
+        42_298_834_944,
+        "bottlerocket-os/bottlerocket#3873",
+        "NVIDIA A100-SXM4-40GB",
+        Hardware((8, 0), 108, 40 * _MIB, 1410, 1215, 5120, 1555 * _GB, _WHITE_PAPER, (4, 16)),
+        aliases=("a100-sxm4-40gb", "a100-pcie-40gb"),
+    ),
+    Card(
+        "a100-80gb",
+        "NVIDIA A100 80GB",
+        "ampere",
+        80 * _GIB,
+        _gib(79.25),
+        "levihsu/OOTDiffusion#235",
+        "NVIDIA A100-SXM4-80GB",
+        Hardware((8, 0), 108, 40 * _MIB, 1410, 1593, 5120, 2039 * _GB, _QUERIED, (4, 16)),
+        aliases=("a100-sxm4-80gb",),
+    ),
+    Card(
+        "h100-80gb",
+        "NVIDIA H100 80GB",
+        "hopper",
+        80 * _GIB,
+        _gib(79.11),
+        "vllm-project/vllm#27508",
+        "NVIDIA H100 80GB HBM3",
+        Hardware((9, 0), 132, 50 * _MIB, 1980, 2619, 5120, 3350 * _GB, _QUERIED, (5, 16)),
+        aliases=("h100-80gb-hbm3",),
+    ),
 )
 
 CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _CARDS})
 """The cards by name, smaller families first; cannot be written to."""
 
+_BY_SPELLING: Mapping[str, Card] = {spelling: card for card in _CARDS for spelling in (card.name, *card.aliases)}
+
 
 def card(name: str) -> Card:
-    """The card of that name, in any case; spaces and underscores count as hyphens, and ``nvidia`` and ``geforce`` as nothing.
+    """The card of that name or alias, in any case; spaces and underscores count as hyphens, the maker's brands as nothing.
+
+    So what CUDA calls a card is found as well, ``"NVIDIA A100-SXM4-80GB"``, but for names that cards with different
+    memory share.
 
     Raises:
         DiffoptError: there is none; the sentence has the nearest name, and all.
     """
     words = str(name).casefold().replace("_", " ").replace("-", " ").split()
-    wanted = "-".join(word for word in words if word not in ("nvidia", "geforce"))
-    if wanted in CARDS:
-        return CARDS[wanted]
-    near = [known for known in CARDS if wanted and known.startswith(f"{wanted}-")]
-    near = near or difflib.get_close_matches(wanted, CARDS, n=1)
-    hint = f" Did you mean {' or '.join(repr(known) for known in near)}?" if near else ""
+    wanted = "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
+    if wanted in _BY_SPELLING:
+        return _BY_SPELLING[wanted]
+    spelled = [known for known in _BY_SPELLING if wanted and known.startswith(f"{wanted}-")]
+    spelled = spelled or difflib.get_close_matches(wanted, _BY_SPELLING, n=1)
+    near = dict.fromkeys(repr(_BY_SPELLING[known].name) for known in spelled)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise DiffoptError(f"No card is called {name!r}.{hint} There are {', '.join(CARDS)}.")
