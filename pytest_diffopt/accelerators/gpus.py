@@ -15,8 +15,9 @@ from typing import Literal
 from pytest_diffopt.accelerators.compute_capabilities import ComputeCapability, compute_capability
 from pytest_diffopt.errors import DiffoptError
 
-GenerationName = Literal["turing", "ampere", "ada", "hopper", "blackwell"]
-"""NVIDIA's own names of its architectures; :mod:`pytest_diffopt.forecasting.generations` has what differs between them."""
+GenerationName = Literal["pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell-datacenter", "blackwell"]
+"""NVIDIA's own names of its architectures, oldest first; Blackwell is one architecture with two compute capabilities,
+10.x in data centers and 12.x elsewhere. :mod:`pytest_diffopt.forecasting.generations` has what differs between them."""
 
 _KIB = 1024
 _MIB = 1024**2

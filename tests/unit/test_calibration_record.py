@@ -142,7 +142,7 @@ def test_an_anonymous_recipe_does_the_same() -> None:
         (Accelerator("cuda", "NVIDIA A100-SXM4-80GB", 1, (8, 0)), "a100-80gb"),
         (Accelerator("cuda", "NVIDIA A40", 1, (8, 6)), "rtx-3060-12gb"),
         (Accelerator("cuda", "NVIDIA H200", 1, (9, 0)), "h100-80gb"),
-        (Accelerator("cuda", "Tesla V100", 1, (7, 0)), None),
+        (Accelerator("cuda", "Tesla M40", 1, (5, 2)), None),
         (Accelerator("sim", "Simulated accelerator"), None),
     ],
 )
