@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -78,7 +78,7 @@ class Card:
         aliases: what else it is called, written as its name is.
         note: what to know of the memory; empty for nothing.
         measured: False if no report was found, and ``total_bytes`` is ``nominal_bytes``, or what nvidia-smi has, less what
-            drivers were seen to keep.
+            drivers were seen to keep, or that of a card with the same chip and memory.
     """
 
     name: str
@@ -116,8 +116,27 @@ _TECHPOWERUP = "TechPowerUp's GPU database"
 _QUERIED = "what deviceQuery printed of it, in thamada/nvidia-smi; TechPowerUp's GPU database"
 _DATA_SHEET = "NVIDIA's data sheet of it; TechPowerUp's GPU database"
 _WHITE_PAPER = "NVIDIA's white paper of its architecture; TechPowerUp's GPU database"
+_TOPCPU = "https://www.topcpu.net/en/gpu-c/a40-pcie-vs-l20"
+_FLOOD = "inclusionAI/flood: flood/ops/seg_la.py; TechPowerUp's GPU database"
+_PRINTED = "pytorch/ao#4002; its bandwidth is of its clock and bus, NVIDIA's data sheet has up to 8 TB/s"
+_SAME_CHIP = "of the card for other markets, which has the same chip and memory and faster links between GPUs"
+
+_V100 = Hardware((7, 0), 80, 6 * _MIB, 1530, 877, 4096, 900 * _GB, _WHITE_PAPER, (3, 16))
+_A100_80GB = Hardware((8, 0), 108, 40 * _MIB, 1410, 1593, 5120, 2039 * _GB, _QUERIED, (4, 16))
+_H100_80GB = Hardware((9, 0), 132, 50 * _MIB, 1980, 2619, 5120, 3350 * _GB, _QUERIED, (5, 16))
 
 _CARDS = (
+    Card(
+        "gtx-1070",
+        "NVIDIA GeForce GTX 1070",
+        "pascal",
+        8 * _GIB,
+        _gib(7.92),
+        "stanford-futuredata/noscope#17",
+        "NVIDIA GeForce GTX 1070",
+        Hardware((6, 1), 15, 2 * _MIB, 1683, 4004, 256, 256 * _GB, _TECHPOWERUP, (3, 16)),
+        aliases=("gtx-1070-8gb",),
+    ),
     Card(
         "rtx-3060-12gb",
         "NVIDIA GeForce RTX 3060 12GB",
@@ -127,6 +146,30 @@ _CARDS = (
         "smy20011/dreambooth-gui#78",
         "NVIDIA GeForce RTX 3060",
         Hardware((8, 6), 28, 2304 * _KIB, 1777, 7501, 192, 360 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
+        "rtx-3070",
+        "NVIDIA GeForce RTX 3070",
+        "ampere",
+        8 * _GIB,
+        _gib(7.63),
+        "sshan-zhao/GASDA#19, 7.76 GiB",
+        "NVIDIA GeForce RTX 3070",
+        Hardware((8, 6), 46, 4 * _MIB, 1725, 7001, 256, 448 * _GB, _TECHPOWERUP, (4, 16)),
+        aliases=("rtx-3070-8gb",),
+        note="7.63 was printed with a newer driver.",
+    ),
+    Card(
+        "rtx-3080-10gb",
+        "NVIDIA GeForce RTX 3080 10GB",
+        "ampere",
+        10 * _GIB,
+        _gib(9.75),
+        "zai-org/CogVideo#34, 9.78 GiB",
+        "NVIDIA GeForce RTX 3080",
+        Hardware((8, 6), 68, 5 * _MIB, 1710, 9501, 320, 760 * _GB, _TECHPOWERUP, (4, 16)),
+        aliases=("rtx-3080",),
+        note="9.75 was printed with another driver. There are some with 12 GB, which CUDA calls the same.",
     ),
     Card(
         "rtx-3090",
@@ -174,6 +217,16 @@ _CARDS = (
         measured=False,
     ),
     Card(
+        "rtx-4070-ti",
+        "NVIDIA GeForce RTX 4070 Ti",
+        "ada",
+        12 * _GIB,
+        _gib(11.73),
+        "OpenLMLab/LOMO#17",
+        "NVIDIA GeForce RTX 4070 Ti",
+        Hardware((8, 9), 60, 48 * _MIB, 2610, 10501, 192, 504 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
         "rtx-4080",
         "NVIDIA GeForce RTX 4080",
         "ada",
@@ -186,6 +239,16 @@ _CARDS = (
         measured=False,
     ),
     Card(
+        "rtx-4080-super",
+        "NVIDIA GeForce RTX 4080 SUPER",
+        "ada",
+        16 * _GIB,
+        _gib(15.60),
+        "shanice-l/UNOPose#4",
+        "NVIDIA GeForce RTX 4080 SUPER",
+        Hardware((8, 9), 80, 64 * _MIB, 2550, 11501, 256, 736 * _GB, _TECHPOWERUP, (4, 16)),
+    ),
+    Card(
         "rtx-4090",
         "NVIDIA GeForce RTX 4090",
         "ada",
@@ -195,6 +258,28 @@ _CARDS = (
         "NVIDIA GeForce RTX 4090",
         Hardware((8, 9), 128, 72 * _MIB, 2520, 10501, 384, 1008 * _GB, _QUERIED, (4, 16)),
         note="23.52 to 23.68 with other drivers.",
+    ),
+    Card(
+        "rtx-5070",
+        "NVIDIA GeForce RTX 5070",
+        "blackwell",
+        12 * _GIB,
+        _gib(11.49),
+        "bsrikumar855-dot/GradeMIND-Reloded: docs/OCR_SPIKE.md",
+        "NVIDIA GeForce RTX 5070",
+        Hardware((12, 0), 48, 48 * _MIB, 2512, 14001, 192, 672 * _GB, _TECHPOWERUP, (5, 16)),
+    ),
+    Card(
+        "rtx-5080",
+        "NVIDIA GeForce RTX 5080",
+        "blackwell",
+        16 * _GIB,
+        _unseen(16 * _GIB),
+        "vllm-project/vllm#19906, its 16 GB",
+        "NVIDIA GeForce RTX 5080",
+        Hardware((12, 0), 84, 64 * _MIB, 2617, 15001, 256, 960 * _GB, _TECHPOWERUP, (5, 16)),
+        note=_UNSEEN_NOTE,
+        measured=False,
     ),
     Card(
         "rtx-5090",
@@ -237,6 +322,51 @@ _CARDS = (
         Hardware((8, 9), 142, 96 * _MIB, 2505, 10001, 384, 960 * _GB, _QUERIED, (4, 16)),
         aliases=("rtx-6000-ada-generation",),
         note=_ECC,
+    ),
+    Card(
+        "rtx-pro-6000",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        "blackwell",
+        96 * _GIB,
+        _gib(94.97),
+        "antirez/ds4#431",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        Hardware((12, 0), 188, 128 * _MIB, 2617, 14001, 512, 1792 * _GB, _TECHPOWERUP, (5, 16)),
+        aliases=("rtx-pro-6000-blackwell", "rtx-pro-6000-blackwell-workstation-edition"),
+    ),
+    Card(
+        "p100-16gb",
+        "NVIDIA P100 16GB",
+        "pascal",
+        16 * _GIB,
+        16276 * _MIB,
+        "NVIDIA/nvbench: examples/outputs/nvbench.example.exec_tag_sync.list.md, 16278 MiB of a Quadro GP100",
+        "Tesla P100-PCIE-16GB",
+        Hardware((6, 0), 56, 4 * _MIB, 1329, 715, 4096, 732 * _GB, _WHITE_PAPER, (3, 16)),
+        aliases=("p100-pcie-16gb",),
+        note="16276 to 16281 MiB were printed of the P100 itself, which has the chip of the Quadro GP100.",
+    ),
+    Card(
+        "v100-16gb",
+        "NVIDIA V100 16GB",
+        "volta",
+        16 * _GIB,
+        16130 * _MIB,
+        "ultralytics/yolov3: README.md",
+        "Tesla V100-SXM2-16GB",
+        _V100,
+        aliases=("v100-sxm2-16gb",),
+    ),
+    Card(
+        "v100-32gb",
+        "NVIDIA V100 32GB",
+        "volta",
+        32 * _GIB,
+        _gib(31.74),
+        "liucongg/ChatGLM-Finetuning#73",
+        "Tesla V100-SXM2-32GB",
+        _V100,
+        aliases=("v100-sxm2-32gb",),
     ),
     Card(
         "t4",
@@ -283,6 +413,17 @@ _CARDS = (
         Hardware((8, 0), 56, 24 * _MIB, 1440, 1215, 3072, 933 * _GB, _DATA_SHEET, (4, 16)),
     ),
     Card(
+        "l20",
+        "NVIDIA L20",
+        "ada",
+        48 * _GIB,
+        _gib(44.53),
+        "Tencent-Hunyuan/HunyuanCustom#36",
+        "NVIDIA L20",
+        Hardware((8, 9), 92, 96 * _MIB, 2520, 9001, 384, 864 * _GB, _TOPCPU, (4, 16)),
+        note=_ECC,
+    ),
+    Card(
         "l40",
         "NVIDIA L40",
         "ada",
@@ -323,8 +464,19 @@ _CARDS = (
         _gib(79.25),
         "levihsu/OOTDiffusion#235",
         "NVIDIA A100-SXM4-80GB",
-        Hardware((8, 0), 108, 40 * _MIB, 1410, 1593, 5120, 2039 * _GB, _QUERIED, (4, 16)),
+        _A100_80GB,
         aliases=("a100-sxm4-80gb",),
+    ),
+    Card(
+        "a800-80gb",
+        "NVIDIA A800 80GB",
+        "ampere",
+        80 * _GIB,
+        _gib(79.33),
+        "hahnyuan/PB-LLM#3",
+        "NVIDIA A800-SXM4-80GB",
+        replace(_A100_80GB, source=_SAME_CHIP),
+        aliases=("a800", "a800-sxm4-80gb"),
     ),
     Card(
         "h100-80gb",
@@ -334,8 +486,54 @@ _CARDS = (
         _gib(79.11),
         "vllm-project/vllm#27508",
         "NVIDIA H100 80GB HBM3",
-        Hardware((9, 0), 132, 50 * _MIB, 1980, 2619, 5120, 3350 * _GB, _QUERIED, (5, 16)),
+        _H100_80GB,
         aliases=("h100-80gb-hbm3",),
+    ),
+    Card(
+        "h800-80gb",
+        "NVIDIA H800 80GB",
+        "hopper",
+        80 * _GIB,
+        _gib(79.11),
+        "vllm-project/vllm#27508, an H100",
+        "NVIDIA H800",
+        replace(_H100_80GB, source=_SAME_CHIP),
+        aliases=("h800",),
+        note="No report of CUDA's total was found: it is the H100's, which has the same chip and memory.",
+        measured=False,
+    ),
+    Card(
+        "h20",
+        "NVIDIA H20",
+        "hopper",
+        96 * _GIB,
+        97285 * _MIB,
+        "alipay/PainlessInferenceAcceleration: flood/flood/ops/seg_la.py",
+        "NVIDIA H20",
+        Hardware((9, 0), 78, 60 * _MIB, 1980, 2619, 6144, 4000 * _GB, _FLOOD, (5, 16)),
+        aliases=("h20-96gb",),
+    ),
+    Card(
+        "h200",
+        "NVIDIA H200",
+        "hopper",
+        141 * _GIB,
+        _gib(139.72),
+        "sgl-project/sglang#2895",
+        "NVIDIA H200",
+        Hardware((9, 0), 132, 60 * _MIB, 1980, 3201, 6144, 4800 * _GB, _DATA_SHEET, (5, 16)),
+        aliases=("h200-141gb",),
+    ),
+    Card(
+        "b200",
+        "NVIDIA B200",
+        "blackwell-datacenter",
+        180 * _GIB,
+        _gib(178.35),
+        "pytorch/ao#4002",
+        "NVIDIA B200",
+        Hardware((10, 0), 148, 129_536 * _KIB, 1965, 3996, 7680, 7672 * _GB, _PRINTED, (5, 16)),
+        aliases=("b200-180gb",),
     ),
 )
 

@@ -15,22 +15,37 @@ GIB = 1024**3
 
 # As programs printed it: the least that was seen of each, in GiB and to as many decimals.
 SEEN = {
+    "gtx-1070": 7.92,
     "rtx-3060-12gb": 11.75,
+    "rtx-3070": 7.63,
+    "rtx-3080-10gb": 9.75,
     "rtx-3090": 23.59,
     "rtx-4060": 7.75,
+    "rtx-4070-ti": 11.73,
+    "rtx-4080-super": 15.60,
     "rtx-4090": 23.43,
+    "rtx-5070": 11.49,
     "rtx-5090": 31.37,
     "rtx-a4000": 15.61,
     "rtx-a6000": 47.53,
     "rtx-6000-ada": 44.43,
+    "rtx-pro-6000": 94.97,
+    "p100-16gb": 15.89,
+    "v100-16gb": 15.75,
+    "v100-32gb": 31.74,
     "t4": 14.74,
     "a10": 21.99,
     "a30": 23.53,
+    "l20": 44.53,
     "l40": 44.40,
     "l40s": 44.42,
     "a100-40gb": 39.39,
     "a100-80gb": 79.25,
+    "a800-80gb": 79.33,
     "h100-80gb": 79.11,
+    "h20": 95.00,
+    "h200": 139.72,
+    "b200": 178.35,
 }
 
 # There are others with less memory, which CUDA calls the same.
@@ -50,6 +65,8 @@ def test_a_card_of_which_nothing_was_seen_has_less_than_its_like_and_says_so() -
     assert CARDS["rtx-4060-ti-16gb"].total_bytes < CARDS["rtx-a4000"].total_bytes
     assert CARDS["rtx-4070"].total_bytes < CARDS["rtx-3060-12gb"].total_bytes
     assert CARDS["l4"].total_bytes < CARDS["a10"].total_bytes
+    assert CARDS["rtx-5080"].total_bytes < CARDS["rtx-4080-super"].total_bytes
+    assert CARDS["h800-80gb"].total_bytes <= CARDS["h100-80gb"].total_bytes
 
 
 @pytest.mark.parametrize("known", CARDS.values(), ids=lambda known: known.name)
@@ -69,6 +86,9 @@ def test_no_card_has_more_than_is_sold_nor_loses_more_than_error_correction_take
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA H100 80GB HBM3", "h100-80gb"),
         ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 3080", "rtx-3080-10gb"),
+        ("NVIDIA H800", "h800-80gb"),
+        ("rtx_pro_6000_blackwell", "rtx-pro-6000"),
     ],
 )
 def test_a_card_is_found_as_people_write_it(spelling: str, name: str) -> None:
@@ -80,6 +100,7 @@ def test_a_card_is_found_as_people_write_it(spelling: str, name: str) -> None:
     [
         ("rtx-4091", " Did you mean 'rtx-4090'?"),
         ("a100", " Did you mean 'a100-40gb' or 'a100-80gb'?"),
+        ("v100", " Did you mean 'v100-16gb' or 'v100-32gb'?"),
         ("h100", " Did you mean 'h100-80gb'?"),
         ("a100-sxm4", " Did you mean 'a100-40gb' or 'a100-80gb'?"),
         ("NVIDIA GeForce RTX 3060", " Did you mean 'rtx-3060-12gb'?"),
@@ -125,6 +146,9 @@ def test_its_memory_is_as_fast_as_its_clock_and_the_width_of_its_bus_make_it(kno
         ("a100-80gb", ((8, 0), 108, 40 * MIB, 5120, 2039 * 10**9)),
         ("h100-80gb", ((9, 0), 132, 50 * MIB, 5120, 3350 * 10**9)),
         ("rtx-5090", ((12, 0), 170, 96 * MIB, 512, 1792 * 10**9)),
+        ("b200", ((10, 0), 148, 129_536 * 1024, 7680, 7672 * 10**9)),
+        ("v100-32gb", ((7, 0), 80, 6 * MIB, 4096, 900 * 10**9)),
+        ("gtx-1070", ((6, 1), 15, 2 * MIB, 256, 256 * 10**9)),
         ("t4", ((7, 5), 40, 4 * MIB, 256, 320 * 10**9)),
     ],
 )
