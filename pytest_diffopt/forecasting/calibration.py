@@ -44,9 +44,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator
+from pytest_diffopt.accelerators.gpus import CARDS
+from pytest_diffopt.accelerators.gpus import card as find_card
 from pytest_diffopt.errors import DiffoptError, ForecastError
-from pytest_diffopt.forecasting.cards import CARDS
-from pytest_diffopt.forecasting.cards import card as find_card
 from pytest_diffopt.forecasting.generations import GENERATIONS
 from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder

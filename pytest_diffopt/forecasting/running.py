@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select, simulated, simulated_gpu
+from pytest_diffopt.accelerators.gpus import CARDS, card
 from pytest_diffopt.errors import DiffoptError, ForecastError, ReplicaError
 from pytest_diffopt.forecasting import loading
 from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
-from pytest_diffopt.forecasting.cards import CARDS, card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
 from pytest_diffopt.forecasting.generations import Generation, generation
@@ -93,7 +93,7 @@ def forecast(
         sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels, or several, one a call; by default the
             model's own.
         steps: denoising steps a call; by default the recipe's, and at least :data:`LEAST_STEPS`.
-        gpu: a card's name (:mod:`.cards`), whose generation's kernels are assumed; else those of
+        gpu: a card's name (:mod:`pytest_diffopt.accelerators.gpus`), whose generation's kernels are assumed; else those of
             :data:`DEFAULT_GENERATION`.
         assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
         kwargs: further keyword arguments of the calls, over the recipe's.
