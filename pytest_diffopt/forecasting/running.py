@@ -38,6 +38,7 @@ from pytest_diffopt.forecasting.peaks import (
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
 from pytest_diffopt.observation.failures import failure_of
+from pytest_diffopt.observation.memory import somebody_froze
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -260,6 +261,7 @@ class _Run:
         ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
         self._workspace: torch.Tensor | None = None
+        self._freezes = False
 
     @property
     def sim(self) -> Any:
@@ -279,11 +281,11 @@ class _Run:
             )
             recipe = self.recipe.replace(pipeline=str(checkpoint))
             with (
+                self._frozen(),
                 self._settings(),
                 self.accelerator.known_to_libraries(),
                 _no_gpu(),
                 kept_tables.made_anew(),
-                self._frozen(),
                 self._dry() as dry,
             ):
                 guessed = dry.guesses  # of one that was open before
@@ -458,7 +460,6 @@ class _Run:
         index = self.accelerator.device.index
         ops = torch.ops.pytest_diffopt_sim
         capacity, allowed, caching = ops.capacity(index), ops.allowed(index), self.sim.is_caching_allocator()
-        gc.collect()
         self.accelerator.empty_cache()
         others = self.sim.memory_allocated()
         self.sim.set_memory_limit(_ROOM_BYTES)
@@ -471,6 +472,7 @@ class _Run:
         finally:
             gc.collect()
             if self.sim.memory_allocated() > others:
+                self._thaw()  # the tables of what was imported before
                 kept_tables.forget(self.accelerator.kind)
                 gc.collect()
             self.accelerator.empty_cache()
@@ -491,15 +493,19 @@ class _Run:
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Half a million objects of the libraries need not be looked at whenever garbage is."""
-        freezes = not gc.get_freeze_count()
-        if freezes:
+        """Half a million objects of the libraries need not be looked at whenever garbage is; what is garbage now goes."""
+        gc.collect()
+        self._freezes = not somebody_froze()
+        if self._freezes:
             gc.freeze()
         try:
             yield
         finally:
-            if freezes:
-                gc.unfreeze()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        if self._freezes:
+            gc.unfreeze()
 
     # what was found
 
