@@ -249,6 +249,12 @@ std::atomic<const c10::impl::DeviceGuardImplInterface*>& guard_place() {
 
 bool active() { return g_active; }
 
+void check_active() {
+  TORCH_CHECK(
+      g_active,
+      "PyTorch is not linked with support for cuda devices: this tensor is on a simulated GPU that is not in use any more.");
+}
+
 void activate(int64_t devices, int64_t capability) {
   TORCH_CHECK(!g_active, "The simulated GPU is in use already.");
   TORCH_CHECK_VALUE(devices >= 1 && devices <= kMaxDevices, "devices: found ", devices, "; it takes 1 to ", kMaxDevices);
