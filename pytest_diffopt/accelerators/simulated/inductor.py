@@ -74,6 +74,9 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
 
     _set(scheduler.BaseSchedulerNode, "is_cpu", is_cpu, borrowed)
 
+    # some passes ask whether it is Triton that code for CUDA is written in: it fuses softmax otherwise
+    borrowed.enter_context(config.patch(cuda_backend="cpp"))
+
     gpus = list(utils.GPU_TYPES)
     utils.GPU_TYPES.remove("cuda")
     borrowed.callback(utils.GPU_TYPES.__setitem__, slice(None), gpus)
