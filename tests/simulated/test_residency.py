@@ -100,7 +100,7 @@ class RaisesInside(Pipeline):
 
 def watched(factory: Callable[[], Any], **parts: Any) -> Observation:
     call = parts.pop("call", Call(prompts=["a", "bc"], calls=2, num_inference_steps=2))
-    return observe(Recipe("r", factory, call=call, **parts), accelerator="cuda", precise=False)
+    return observe(Recipe("r", factory, call=call, **parts), accelerator="sim", precise=False)
 
 
 def memory_of(seen: Observation) -> tuple[MemoryRecord, Residency]:

@@ -159,7 +159,7 @@ def test_compiled_and_exported_programs_call_the_operators_of_cuda() -> None:
                 compiled = torch.compile(Attention(), backend=backend, fullgraph=True)(x)
             assert operator in seen
             torch.testing.assert_close(compiled, Attention()(x))
-            program = torch.export.export(Attention(), (x,)).run_decompositions({})
+            program = torch.export.export(Attention(), (x,)).run_decompositions()
             assert operator in [str(node.target) for node in program.graph.nodes]
             torch._dynamo.reset()
 

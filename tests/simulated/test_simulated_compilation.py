@@ -77,6 +77,22 @@ def test_a_compiled_convolution_has_the_layout_of_the_eager_one(name: str, last:
         assert compiled(x).stride() == eager.stride()
 
 
+def test_what_inductor_writes_otherwise_for_cuda_compiles() -> None:
+    """Softmax in one pass, fused multiplication and addition: it has them in Triton alone."""
+
+    def several(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            x.softmax(-1),
+            torch.log_softmax(x, 0),
+            torch.addcmul(x, x, x + 1, value=2),
+            torch.addcdiv(x, x, x.abs() + 1),
+            torch.lerp(x, x + 1, 0.3),
+        )
+
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).cuda()
+    torch.testing.assert_close(torch.compile(several, fullgraph=True)(x), several(x))
+
+
 def test_inductor_writes_code_for_the_device_and_does_not_fall_back(gpu: SimulatedGpu) -> None:
     """What is fused is one call of C++ code: only the convolutions are operations of the device."""
     model = convolutions().requires_grad_(False)
