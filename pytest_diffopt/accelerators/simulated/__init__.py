@@ -35,6 +35,7 @@ from pytest_diffopt.accelerators.simulated.measures import (
     set_memory_limit,
     transfer_stats,
 )
+from pytest_diffopt.accelerators.simulated.syncs import HostSync, mark_syncs, record_syncs, syncs
 
 OF_A_GPU = frozenset(
     [
@@ -45,10 +46,12 @@ OF_A_GPU = frozenset(
         "is_hollow",
         "kernel_count",
         "mark_memory_events",
+        "mark_syncs",
         "memory_blocks",
         "record_memory_events",
         "record_operations",
         "recorded_memory_events",
+        "record_syncs",
         "recorded_operations",
         "register_cost",
         "register_dry_kernel",
@@ -57,9 +60,10 @@ OF_A_GPU = frozenset(
         "reset_peak_host_memory_stats",
         "set_caching_allocator",
         "set_memory_limit",
+        "syncs",
         "transfer_stats",
     ]
 )
 """What ``gpu`` has besides its own attributes, by name."""
 
-__all__ = ["OF_A_GPU", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]
+__all__ = ["OF_A_GPU", "HostSync", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]
