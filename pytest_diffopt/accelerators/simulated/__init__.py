@@ -21,6 +21,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
+    as_capability,
     is_caching_allocator,
     kernel_count,
     mark_memory_events,
@@ -35,7 +36,7 @@ from pytest_diffopt.accelerators.simulated.measures import (
     set_memory_limit,
     transfer_stats,
 )
-from pytest_diffopt.accelerators.simulated.syncs import HostSync, mark_syncs, record_syncs, syncs
+from pytest_diffopt.accelerators.simulated.syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 
 OF_A_GPU = frozenset(
     [
@@ -66,4 +67,14 @@ OF_A_GPU = frozenset(
 )
 """What ``gpu`` has besides its own attributes, by name."""
 
-__all__ = ["OF_A_GPU", "HostSync", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]
+__all__ = [
+    "OF_A_GPU",
+    "HostSync",
+    "MemoryEvent",
+    "SimulatedGpu",
+    "SyncRecording",
+    "as_capability",
+    "current",
+    "simulated_cuda",
+    *sorted(OF_A_GPU),
+]

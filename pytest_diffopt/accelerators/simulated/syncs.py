@@ -50,16 +50,51 @@ class HostSync(NamedTuple):
     frames: tuple[_Raw, ...]
 
 
-class _Recording:
-    """What was heard, by place and mark, in the order in which it was heard first."""
+class SyncRecording:
+    """Where the host waits, from :meth:`start` to :meth:`stop`. There may be several at once.
+
+    Attributes:
+        mark: that every later wait says.
+    """
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, int, bool, int, tuple[_Raw, ...]], int] = {}
         self.mark = 0
-        self.lock = threading.RLock()
+        self._counts: dict[tuple[str, int, int, bool, tuple[_Raw, ...]], int] = {}
+
+    def start(self) -> None:
+        """Begin, and forget what was written down before."""
+        self.mark = 0
+        self._counts.clear()
+        with _lock:
+            if self not in _open:
+                _open.append(self)
+            _ops.set_sync_listener(_address)
+
+    def stop(self) -> None:
+        """End. What was written down stays."""
+        with _lock:
+            if self in _open:
+                _open.remove(self)
+            if not _open:
+                _ops.set_sync_listener(0)
+
+    def add(self, operation: str, device: int, in_torch: bool, frames: tuple[_Raw, ...]) -> None:
+        """The host waited."""
+        key = (operation, device, self.mark, in_torch, frames)
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def syncs(self) -> list[HostSync]:
+        """Where the host waited, each place once under each mark, in the order in which it was met."""
+        with _lock:
+            found = list(self._counts.items())
+        return [
+            HostSync(operation, device, mark, count, in_torch, _place(frames), _user(frames), frames)
+            for (operation, device, mark, in_torch, frames), count in found
+        ]
 
 
-_recording = _Recording()
+_lock = threading.RLock()  # a wait inside of a wait: garbage is collected anywhere
+_open: list[SyncRecording] = []
 
 
 def _heard(operation: bytes, device: int, in_torch: int) -> None:
@@ -69,9 +104,9 @@ def _heard(operation: bytes, device: int, in_torch: int) -> None:
         code = frame.f_code
         frames.append((code.co_filename, frame.f_lineno, getattr(code, "co_qualname", code.co_name)))
         frame = frame.f_back
-    with _recording.lock:
-        key = (operation.decode(), device, bool(in_torch), _recording.mark, tuple(frames))
-        _recording.counts[key] = _recording.counts.get(key, 0) + 1
+    with _lock:
+        for recording in _open:
+            recording.add(operation.decode(), device, bool(in_torch), tuple(frames))
 
 
 def _leave_alone(function: Callable[..., object]) -> None:
@@ -83,14 +118,17 @@ def _leave_alone(function: Callable[..., object]) -> None:
 
 _leave_alone(_heard)
 _listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)(_heard)
+_address = ctypes.cast(_listener, ctypes.c_void_p).value
+
+_recording = SyncRecording()
 
 
 def record_syncs(enabled: bool = True) -> None:
     """Begin (forgetting the last recording) or end to write down where the host waits."""
     if enabled:
-        _recording.counts.clear()
-        _recording.mark = 0
-    _ops.set_sync_listener(ctypes.cast(_listener, ctypes.c_void_p).value if enabled else 0)
+        _recording.start()
+    else:
+        _recording.stop()
 
 
 def mark_syncs(mark: int) -> None:
@@ -99,13 +137,8 @@ def mark_syncs(mark: int) -> None:
 
 
 def syncs() -> list[HostSync]:
-    """Where the host waited, each place once under each mark, in the order in which it was met."""
-    with _recording.lock:
-        found = list(_recording.counts.items())
-    return [
-        HostSync(operation, device, mark, count, in_torch, _place(frames), _user(frames), frames)
-        for (operation, device, in_torch, mark, frames), count in found
-    ]
+    """Where the host waited since :func:`record_syncs`, each place once under each mark, in the order in which it was met."""
+    return _recording.syncs()
 
 
 def _place(frames: tuple[_Raw, ...]) -> CodeFrame | None:
