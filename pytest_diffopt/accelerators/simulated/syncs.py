@@ -97,6 +97,12 @@ _lock = threading.RLock()  # a wait inside of a wait: garbage is collected anywh
 _open: list[SyncRecording] = []
 
 
+def stop_recordings() -> None:
+    """The GPU is given back: whoever still recorded its waits has ended."""
+    for recording in list(_open):
+        recording.stop()
+
+
 def _heard(operation: bytes, device: int, in_torch: int) -> None:
     frames = []
     frame = sys._getframe().f_back  # a thread of autograd has none
