@@ -94,11 +94,11 @@ def whose(filename: str) -> Whose:
     return "user"
 
 
-_Raw = tuple[str, int, str]
+RawFrame = tuple[str, int, str]
 """(file name, line, function) of a frame."""
 
 
-def raw_frames(error: BaseException) -> list[_Raw]:
+def raw_frames(error: BaseException) -> list[RawFrame]:
     """The frames of an exception's traceback, the outermost first."""
     found = []
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -112,7 +112,7 @@ def function_name(code: CodeType) -> str:
     return _RESUMED.sub(r"\1", name.rpartition("<locals>.")[2])
 
 
-def last_frames(frames: Iterable[_Raw]) -> tuple[CodeFrame, ...]:
+def last_frames(frames: Iterable[RawFrame]) -> tuple[CodeFrame, ...]:
     """The last frames of the user's code and of the libraries', each line once, the outermost first."""
     distinct = list(dict.fromkeys(frames))
     users = [one for one in distinct if whose(one[0]) == "user"][-_USER_FRAMES:]
@@ -122,13 +122,13 @@ def last_frames(frames: Iterable[_Raw]) -> tuple[CodeFrame, ...]:
     return tuple(code_frame(one) for one in distinct if one in kept)
 
 
-def last_user_frame(frames: Iterable[_Raw]) -> CodeFrame | None:
+def last_user_frame(frames: Iterable[RawFrame]) -> CodeFrame | None:
     """The innermost frame of the user's own code; None where there is none."""
     users = [one for one in frames if whose(one[0]) == "user"]
     return code_frame(users[-1]) if users else None
 
 
-def code_frame(raw: _Raw) -> CodeFrame:
+def code_frame(raw: RawFrame) -> CodeFrame:
     """A frame of Python by its (file name, line, function)."""
     file, line, function = raw
     text = linecache.getline(file, line).strip()

@@ -36,7 +36,7 @@ from pytest_diffopt.accelerators.simulated.measures import (
     set_memory_limit,
     transfer_stats,
 )
-from pytest_diffopt.accelerators.simulated.syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
+from pytest_diffopt.accelerators.simulated.host_syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 
 OF_A_GPU = frozenset(
     [

@@ -78,7 +78,9 @@ class simulated_cuda:
 
         if not isinstance(devices, int) or isinstance(devices, bool) or not 1 <= devices <= MOST_DEVICES:
             raise ValueError(f"devices: found {devices!r}; it takes 1 to {MOST_DEVICES}")
-        self._gpu = SimulatedGpu(gpu, properties_of(gpu, None if memory is None else parse_bytes(memory, "memory")), devices)
+        self._gpu = SimulatedGpu(
+            gpu, properties_of(gpu, None if memory is None else parse_bytes(memory, "memory")), devices
+        )
         self._borrowed: contextlib.ExitStack | None = None
 
     def __enter__(self) -> SimulatedGpu:
@@ -89,7 +91,7 @@ class simulated_cuda:
             _check_real_gpu()
             load_library()
             from pytest_diffopt.accelerators.simulated.borrowing import borrow
-            from pytest_diffopt.accelerators.simulated.syncs import stop_recordings
+            from pytest_diffopt.accelerators.simulated.host_syncs import stop_recordings
 
             ops = torch.ops.pytest_diffopt_sim
             properties, devices = self._gpu.properties, self._gpu.devices

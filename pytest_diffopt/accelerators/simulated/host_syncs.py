@@ -11,21 +11,21 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from pytest_diffopt.source_places import CodeFrame, code_frame, whose
+from pytest_diffopt.source_places import CodeFrame, RawFrame, code_frame, whose
 
 _ops = torch.ops.pytest_diffopt_sim
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _GPU = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
-_Raw = tuple[str, int, str]
 
-
-class HostSync(NamedTuple):
+@dataclass(frozen=True)
+class HostSync:
     """A place at which the host waited.
 
     Attributes:
@@ -35,7 +35,7 @@ class HostSync(NamedTuple):
         mark: the last one that :func:`mark_syncs` was given before it.
         count: how often, under this mark.
         in_torch: whether ``torch.cuda.set_sync_debug_mode`` sees it; where CUDA's runtime or a library waits, it does not.
-        place: the innermost line that is not torch's; None where there is none.
+        place: the innermost line that is not torch's, nor a library's own ``Module.to``; None where there is none.
         user: the innermost line of the user's own code; None where there is none.
         frames: every line from the innermost on, each a file, a line and a function.
     """
@@ -47,7 +47,7 @@ class HostSync(NamedTuple):
     in_torch: bool
     place: CodeFrame | None
     user: CodeFrame | None
-    frames: tuple[_Raw, ...]
+    frames: tuple[RawFrame, ...]
 
 
 class SyncRecording:
@@ -59,7 +59,7 @@ class SyncRecording:
 
     def __init__(self) -> None:
         self.mark = 0
-        self._counts: dict[tuple[str, int, int, bool, tuple[_Raw, ...]], int] = {}
+        self._counts: dict[tuple[str, int, int, bool, tuple[RawFrame, ...]], int] = {}
 
     def start(self) -> None:
         """Begin, and forget what was written down before."""
@@ -78,7 +78,7 @@ class SyncRecording:
             if not _open:
                 _ops.set_sync_listener(0)
 
-    def add(self, operation: str, device: int, in_torch: bool, frames: tuple[_Raw, ...]) -> None:
+    def add(self, operation: str, device: int, in_torch: bool, frames: tuple[RawFrame, ...]) -> None:
         """The host waited."""
         key = (operation, device, self.mark, in_torch, frames)
         self._counts[key] = self._counts.get(key, 0) + 1
@@ -147,11 +147,17 @@ def syncs() -> list[HostSync]:
     return _recording.syncs()
 
 
-def _place(frames: tuple[_Raw, ...]) -> CodeFrame | None:
-    return next((code_frame(frame) for frame in frames if not _is_torchs(frame[0])), None)
+def _place(frames: tuple[RawFrame, ...]) -> CodeFrame | None:
+    return next((code_frame(frame) for frame in frames if not _is_torchs(frame[0]) and not _moves(frame)), None)
 
 
-def _user(frames: tuple[_Raw, ...]) -> CodeFrame | None:
+def _moves(frame: RawFrame) -> bool:
+    """Whether it is a library's own ``Module.to``: what is told is who moves the module."""
+    file, _, function = frame
+    return function.rpartition(".")[2] in ("to", "cuda", "cpu") and whose(file) == "library"
+
+
+def _user(frames: tuple[RawFrame, ...]) -> CodeFrame | None:
     return next((code_frame(frame) for frame in frames if whose(frame[0]) == "user"), None)
 
 
