@@ -246,7 +246,9 @@ class _Run:
         self._modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
         select("sim")  # which builds it, where it was not yet
-        self.accelerator: Accelerator = simulated_gpu(next(one.name for one in CARDS.values() if one.generation == on.name))
+        self.accelerator: Accelerator = simulated_gpu(
+            next(one.name for one in CARDS.values() if one.generation == on.name)
+        )
         self.ledger = ResidencyLedger(self.accelerator)
         self.phase = "loading"
         self.guesses: tuple[str, ...] = ()

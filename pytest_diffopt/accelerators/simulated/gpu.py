@@ -13,7 +13,7 @@ import torch
 from pytest_diffopt.accelerators.simulated.boundary import DeviceProperties
 from pytest_diffopt.accelerators.simulated.build import ensure_library
 from pytest_diffopt.byte_sizes import parse_bytes
-from pytest_diffopt.errors import DiffoptError, UnverifiableError
+from pytest_diffopt.errors import UnverifiableError
 
 MOST_DEVICES = 16
 

@@ -151,5 +151,3 @@ def replay_reserved_memory(workspaces: str = "expected", device: Device = None) 
 def memory_blocks(tensors: list[torch.Tensor]) -> list[int]:
     """The number of each tensor's block, on the host as well; 0 for a tensor without memory."""
     return list(_ops.block_numbers(tensors))
-
-
