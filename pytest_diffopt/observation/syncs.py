@@ -18,7 +18,6 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_diffopt.observation.observation import HostSyncs, HostWait
-
 from pytest_diffopt.source_places import last_user_frame
 
 if TYPE_CHECKING:

@@ -82,7 +82,8 @@ def row_of(
 
     Returns:
         ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``load_peak_bytes``, ``peak_bytes`` (of the calls),
-        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``host_syncs`` (in a denoising step of it, the most), ``graphs``, ``breaks``, ``recompiles``, ``required_tolerance``,
+        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``host_syncs`` (in a denoising step of it, the most), ``graphs``,
+        ``breaks``, ``recompiles``, ``required_tolerance``,
         ``forecast_bytes``, ``forecast_low_bytes``, ``forecast_high_bytes`` (the peak as forecast), ``forecast_model``, and
         ``statuses``: check → status.
     """

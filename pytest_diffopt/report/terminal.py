@@ -152,8 +152,8 @@ _WHERE_KNOWN: dict[Callable[[Row], str], str] = {
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     """The table of recipes, a row each, in ``width`` columns; recipes that were skipped have none.
 
-    Memory and host syncs have columns where they are known of any, and are not 0. Where the width does not do for all columns, the least telling go; names
-    are shortened by what all begin with.
+    Memory and host syncs have columns where they are known of any, and are not 0. Where the width does not do for all
+    columns, the least telling go; names are shortened by what all begin with.
     """
     from rich.text import Text
 

@@ -103,8 +103,7 @@ class AnyOf(Healthy):
 class MaskAsIndex(Healthy):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
-        y = y + y[y > 0].mean()
-        return y
+        return y + y[y > 0].mean()
 
 
 class Copies(Healthy):
@@ -222,7 +221,7 @@ class ReadsOutside(Loop):
 FAULTS: dict[str, tuple[type[nn.Module], int, str]] = {
     "item": (Reads, 2, "if y.abs().sum().item() > 1e9"),
     "any": (AnyOf, 2, "if mask.any():"),
-    "mask": (MaskAsIndex, 2, "y = y + y[y > 0].mean()"),
+    "mask": (MaskAsIndex, 2, "return y + y[y > 0].mean()"),
     "copy": (Copies, 4, "x.cpu()"),
     "tensor": (MakesTensors, 2, "torch.tensor([0.5]"),
     "synchronize": (Synchronizes, 2, "torch.cuda.synchronize()"),

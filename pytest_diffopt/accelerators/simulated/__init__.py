@@ -19,6 +19,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
     reset_peak_host_memory_stats,
 )
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
+from pytest_diffopt.accelerators.simulated.host_syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
     as_capability,
@@ -36,7 +37,6 @@ from pytest_diffopt.accelerators.simulated.measures import (
     set_memory_limit,
     transfer_stats,
 )
-from pytest_diffopt.accelerators.simulated.host_syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 
 OF_A_GPU = frozenset(
     [
