@@ -91,6 +91,14 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
     if (!events.empty()) std::memcpy(table.mutable_data_ptr(), events.data(), events.size() * sizeof(LedgerEvent));
     return table;
   });
+  m.def("set_memory_listener", [](int64_t address) { set_memory_listener(reinterpret_cast<MemoryListener>(address)); });
+  m.def("block_records", [](int64_t device) -> at::Tensor {
+    const auto records = block_records(resolve_device(device));
+    constexpr int64_t kColumns = sizeof(BlockRecord) / sizeof(int64_t);
+    auto table = at::empty({static_cast<int64_t>(records.size()), kColumns}, at::kLong);
+    if (!records.empty()) std::memcpy(table.mutable_data_ptr(), records.data(), records.size() * sizeof(BlockRecord));
+    return table;
+  });
   m.def("block_numbers", [](at::TensorList tensors) -> std::vector<int64_t> {
     std::vector<int64_t> numbers;
     numbers.reserve(tensors.size());
