@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from pytest_diffopt.accelerators.simulated.dry import (
+from pytest_diffopt.accelerators.simulated.dry_runs import (
     dry,
     host_memory_stats,
     is_dry,
