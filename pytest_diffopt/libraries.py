@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -140,3 +141,10 @@ def silent_about_being_offline() -> None:
     """Until the process ends, libraries no longer log that the hub cannot be reached: for one that is offline on purpose."""
     for name in ("huggingface_hub.hf_api", "diffusers.pipelines.pipeline_utils"):
         logging.getLogger(name).addFilter(_NotThatItIsOffline())
+
+
+def exchange_everywhere(name: str, old: Any, new: Any) -> None:
+    """Whoever imported ``old`` by its name holds ``new`` instead, and whoever is imported from now on will."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)

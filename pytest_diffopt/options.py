@@ -127,7 +127,7 @@ def _seconds(text: str) -> float:
 def _gpu(text: str) -> str | None:
     if not text.strip():
         return None
-    from pytest_diffopt.forecasting.cards import card
+    from pytest_diffopt.accelerators.gpus import card
 
     return card(text).name
 

@@ -199,14 +199,14 @@ class MemoryWatch:
         blocks: dict[int, int] = {}
         names: list[str] = []
         for name, tensor in weight_tensors(module):
-            if tensor.device.type == self.accelerator.kind and tensor.untyped_storage().data_ptr():
+            if tensor.device.type == self.accelerator.device_type and tensor.untyped_storage().data_ptr():
                 storage = tensor.untyped_storage()
                 blocks[storage.data_ptr()] = self.accelerator.allocated_bytes(storage.nbytes())
                 names.append(name)
         return blocks, tuple(names[:SHOWN])
 
     def _resident_buffers(self, module: torch.nn.Module) -> int:
-        buffers = [buffer for buffer in module.buffers() if buffer.device.type == self.accelerator.kind]
+        buffers = [buffer for buffer in module.buffers() if buffer.device.type == self.accelerator.device_type]
         storages = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers}
         return sum(self.accelerator.allocated_bytes(size) for size in storages.values())
 

@@ -381,7 +381,7 @@ def pytest_runtest_teardown(item):
 def pytest_diffopt_verdict(verdict, observation):
     import torch
 
-    at = torch.sim.current_device(), torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    at = torch.cuda.current_device(), torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
     (Path(os.environ["KILLED"]) / f"{WORKER}.json").write_text(json.dumps(at))
 """
 
