@@ -19,6 +19,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
     reset_peak_host_memory_stats,
 )
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
+from pytest_diffopt.accelerators.simulated.host_syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
     as_capability,
@@ -46,10 +47,12 @@ OF_A_GPU = frozenset(
         "is_hollow",
         "kernel_count",
         "mark_memory_events",
+        "mark_syncs",
         "memory_blocks",
         "record_memory_events",
         "record_operations",
         "recorded_memory_events",
+        "record_syncs",
         "recorded_operations",
         "register_cost",
         "register_dry_kernel",
@@ -58,6 +61,7 @@ OF_A_GPU = frozenset(
         "reset_peak_host_memory_stats",
         "set_caching_allocator",
         "set_memory_limit",
+        "syncs",
         "transfer_stats",
     ]
 )
@@ -65,8 +69,10 @@ OF_A_GPU = frozenset(
 
 __all__ = [
     "OF_A_GPU",
+    "HostSync",
     "MemoryEvent",
     "SimulatedGpu",
+    "SyncRecording",
     "as_capability",
     "current",
     "dry",
@@ -76,9 +82,11 @@ __all__ = [
     "is_hollow",
     "kernel_count",
     "mark_memory_events",
+    "mark_syncs",
     "memory_blocks",
     "record_memory_events",
     "record_operations",
+    "record_syncs",
     "recorded_memory_events",
     "recorded_operations",
     "register_cost",
@@ -89,5 +97,6 @@ __all__ = [
     "set_caching_allocator",
     "set_memory_limit",
     "simulated_cuda",
+    "syncs",
     "transfer_stats",
 ]
