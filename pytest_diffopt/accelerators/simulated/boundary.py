@@ -209,7 +209,7 @@ class EventBase(torch.Event):
         return True
 
     def synchronize(self) -> None:
-        """Everything before it has run."""
+        self._event.synchronize()
 
     def elapsed_time(self, end_event: Any) -> float:
         return float(self._event.elapsed_time(getattr(end_event, "_event", end_event)))
@@ -343,7 +343,6 @@ class _Settings:
             "metadata": "",
             "cublas": 8519680,
             "cublas_lt": 1048576,
-            "sync_debug_mode": 0,
         }
 
     def getter(self, name: str) -> Callable[[], Any]:
@@ -476,7 +475,7 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_getDefaultStream": _get_default_stream,
         "_cuda_setStream": _set_stream,
         "_cuda_isCurrentStreamCapturing": lambda: False,
-        "_cuda_synchronize": lambda: None,
+        "_cuda_synchronize": _ops.synchronize,
         "_cuda_sleep": lambda cycles: None,
         "_cuda_ipc_collect": lambda: None,
         "_cuda_clearCublasWorkspaces": lambda: None,
@@ -486,8 +485,8 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_setCublasWorkspaceSize": settings.setter("cublas"),
         "_cuda_getCublasLtWorkspaceSize": settings.getter("cublas_lt"),
         "_cuda_setCublasLtWorkspaceSize": settings.setter("cublas_lt"),
-        "_cuda_get_sync_debug_mode": settings.getter("sync_debug_mode"),
-        "_cuda_set_sync_debug_mode": settings.setter("sync_debug_mode"),
+        "_cuda_get_sync_debug_mode": _ops.sync_debug_mode,
+        "_cuda_set_sync_debug_mode": _ops.set_sync_debug_mode,
         "_cuda_get_cudnn_benchmark_limit": settings.getter("cudnn_benchmark_limit"),
         "_cuda_set_cudnn_benchmark_limit": settings.setter("cudnn_benchmark_limit"),
         "_cuda_get_conv_benchmark_empty_cache": settings.getter("conv_benchmark_empty_cache"),

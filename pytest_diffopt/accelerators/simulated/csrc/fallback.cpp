@@ -15,6 +15,7 @@
 #include "memory.h"
 #include "rules.h"
 #include "shapes.h"
+#include "syncs.h"
 
 namespace sim {
 namespace {
@@ -76,6 +77,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t count = schema.arguments().size();
   const size_t first = stack->size() - count;
   if (ends_shaping(op)) return end_shaping(op, stack, first);
+  if (syncs_watched()) note_syncs_of(op, *stack, first);
   const bool is_dry = any_hollow(*stack, first);
   if (g_recording) {
     std::lock_guard<std::mutex> held(g_recorded_lock);

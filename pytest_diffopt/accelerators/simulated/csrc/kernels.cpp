@@ -26,6 +26,7 @@
 #include "memory.h"
 #include "rules.h"
 #include "shapes.h"
+#include "syncs.h"
 
 namespace sim {
 namespace {
@@ -125,6 +126,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
     if (to_sim) make_hollow(*to.storage().unsafeGetStorageImpl());
     return to;
   }
+  note_copy_sync(to, from, non_blocking, device);
   // As on CUDA, what crosses is in the target's dtype; one device's own copy and a copy to another are both d2d.
   const auto bytes = static_cast<int64_t>(to.numel() * to.element_size());
   count_copy(
@@ -160,6 +162,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 c10::Scalar local_scalar(const Tensor& tensor) {
+  note_sync("aten::_local_scalar_dense", tensor.device().index(), Waits::InTorch);
   count_copy(tensor.device().index(), Direction::DeviceToHost, static_cast<int64_t>(tensor.element_size()));
   const Running running("aten::_local_scalar_dense");
   KernelScope kernel;

@@ -11,6 +11,7 @@
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
+#include "syncs.h"
 
 namespace sim {
 
@@ -52,6 +53,11 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("caching", []() -> bool { return caching(); });
   m.def("record_operations", [](bool on) { record_operations(on); });
   m.def("recorded_operations", []() -> std::vector<std::string> { return recorded_operations(); });
+  m.def("synchronize", []() { note_sync("cudaDeviceSynchronize", current_device(), Waits::Elsewhere); });
+  m.def("set_sync_debug_mode", [](int64_t mode) { set_sync_debug_mode(mode); });
+  m.def("sync_debug_mode", []() -> int64_t { return sync_debug_mode(); });
+  // The address of a C function; 0 for none.
+  m.def("set_sync_listener", [](int64_t address) { set_sync_listener(reinterpret_cast<SyncListener>(address)); });
   m.def("set_dry", [](bool on, int64_t real_bytes) { set_dry(on, real_bytes); });
   m.def("dry", []() -> bool { return dry(); });
   m.def("real_bytes", []() -> int64_t { return real_bytes(); });
