@@ -83,6 +83,10 @@ class simulated_cuda:
         )
         self._borrowed: contextlib.ExitStack | None = None
 
+    def gives(self, gpu: SimulatedGpu) -> bool:
+        """Whether this is what ``gpu`` is: the same card, as many of it, with as much memory."""
+        return self._gpu.properties == gpu.properties and self._gpu.devices == gpu.devices
+
     def __enter__(self) -> SimulatedGpu:
         global _current, _entered_in
         with _lock:
