@@ -152,8 +152,7 @@ class Meter:
         self._sums: list[Counter[str]] = [Counter() for _ in range(gpu.devices)]
         self.out_of_memory: OutOfMemory | None = None
         gpu.record_memory_events()
-        if hasattr(gpu, "record_syncs"):
-            gpu.record_syncs(True)
+        gpu.record_syncs()
         self._watch_resets(borrowed)
 
     def failed(self, error: BaseException) -> None:
@@ -182,11 +181,12 @@ class Meter:
             )
         return tuple(found)
 
-    def syncs(self) -> Mapping[str, int] | None:
-        """Where the host waited, as ``"file.py:12 aten::item"``, and how often."""
-        if not hasattr(self._gpu, "syncs"):
-            return None
-        return Counter(map(_place_of, self._gpu.syncs()))
+    def syncs(self) -> Mapping[str, int]:
+        """Where the host waited, as ``"file.py:12, in step: aten::nonzero"``, and how often."""
+        found: Counter[str] = Counter()
+        for sync in self._gpu.syncs():
+            found[f"{sync.place.place}: {sync.operation}" if sync.place is not None else sync.operation] += sync.count
+        return found
 
     def _note_peaks(self, index: int) -> None:
         now, peaks = _counters(index), self._peaks[index]
@@ -234,12 +234,6 @@ def _counters(index: int) -> dict[str, int]:
     from pytest_diffopt.accelerators.simulated.boundary import counters
 
     return counters(index)
-
-
-def _place_of(sync: Any) -> str:
-    operation = getattr(sync, "operation", "")
-    file, line = getattr(sync, "file", ""), getattr(sync, "line", 0)
-    return f"{file}:{line} {operation}".strip() if file else str(operation or sync)
 
 
 def owners(gpu: SimulatedGpu, device: int) -> Iterator[Owner]:
