@@ -186,7 +186,7 @@ class Meter:
         found: Counter[str] = Counter()
         for sync in self._gpu.syncs():
             found[f"{sync.place.place}: {sync.operation}" if sync.place is not None else sync.operation] += sync.count
-        return found
+        return dict(found)
 
     def _note_peaks(self, index: int) -> None:
         now, peaks = _counters(index), self._peaks[index]
