@@ -347,6 +347,32 @@ def test_autocast_multiplies_what_it_rounded(dtype: torch.dtype) -> None:
     assert same_bits(result.cpu(), expected)
 
 
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_a_softmax_of_float16_is_kept_in_float32_and_its_gradient_rounded(
+    function: Function, gpu: SimulatedGpu
+) -> None:
+    x, grad = n(5, 33).half(), n(5, 33)
+
+    def both(taken: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = function(taken.requires_grad_(), -1, dtype=torch.float32)
+        return result, *torch.autograd.grad(result, taken, grad.to(taken.device))
+
+    result, by_input = both(x.cuda())
+    expected, wide = both(x.float())
+    assert torch.equal(result.cpu(), expected)
+    assert same_bits(by_input.cpu(), wide.half())
+    with torch.autocast("cuda", torch.float16):
+        assert torch.equal(x.cuda().softmax(-1).cpu(), x.float().softmax(-1))
+    out = torch.empty(5, 33, device="cuda")
+    assert torch.ops.aten._softmax.out(x.cuda(), -1, True, out=out) is out
+    assert torch.equal(out.cpu(), x.float().softmax(-1))
+    with gpu.dry(real_bytes=0):
+        assert [(one.dtype, one.shape) for one in both(x.cuda())] == [
+            (torch.float32, (5, 33)),
+            (torch.float16, (5, 33)),
+        ]
+
+
 # ---------------------------------------------------------------------------------------------------------- bytes
 
 

@@ -15,7 +15,8 @@ namespace sim {
 class Widening {
  public:
   explicit Widening(c10::ArrayRef<at::Tensor> arguments);
-  explicit operator bool() const { return dtype_.has_value(); }
+  // That half precision.
+  std::optional<c10::ScalarType> dtype() const { return dtype_; }
   at::Tensor wide(const at::Tensor& argument) const;
   // Back in the precision of the arguments.
   at::Tensor rounded(const at::Tensor& result) const;
@@ -24,7 +25,7 @@ class Widening {
   std::optional<c10::ScalarType> dtype_;
 };
 
-// The host's kernel of an operation on host tensors; for products of matrices in half precision, the one for float32.
+// The host's kernel of an operation on host tensors; the one for float32, where none in half precision rounds once.
 void run_host_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
 }  // namespace sim
