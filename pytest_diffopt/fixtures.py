@@ -57,7 +57,7 @@ def _diffopt_accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
         found = accelerator_of(pytestconfig)
     except DiffoptError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
-    with found.known_to_libraries():
+    with found.in_use():  # it is by now, but for a test that asks for the fixture while it runs
         yield found
 
 
@@ -65,7 +65,7 @@ def _diffopt_accelerator(pytestconfig: pytest.Config) -> Iterator[Accelerator]:
 def accelerator(_diffopt_accelerator: Accelerator) -> Accelerator:
     """The device that recipes run on, as ``--diffopt-device`` says.
 
-    From the first test that takes it to the end of the session the libraries know the simulated one as a device of theirs.
+    A simulated GPU is ``torch.device("cuda")`` while a test runs that takes this, and gone between tests.
     """
     return _diffopt_accelerator
 

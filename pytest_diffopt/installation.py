@@ -120,7 +120,7 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
 def _forecast_mistakes(recipe: Recipe, budget: ForecastBudget, allow_hub: bool) -> Iterator[Mistake]:
     yield from _model_mistakes(recipe, budget, allow_hub)
     if budget.gpu is not None:
-        from pytest_diffopt.forecasting.cards import card
+        from pytest_diffopt.accelerators.gpus import card
 
         try:
             card(budget.gpu)

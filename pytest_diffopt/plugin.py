@@ -11,6 +11,7 @@ import pytest
 
 from pytest_diffopt import hookspec
 from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
+from pytest_diffopt.collection.gpu_in_use import gpu_in_use
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import register_fixtures
 from pytest_diffopt.notices import shown_by
@@ -92,6 +93,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     left_out.note_selected(session.config, [item.nodeid for item in session.items])
     workers.tell_of_recipes(session.config, session.items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    with gpu_in_use(item):
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pytest_diffopt.accelerators.gpus import card
 from pytest_diffopt.checks import forecast as check
 from pytest_diffopt.checks.evidence import ForecastEvidence
 from pytest_diffopt.checks.verdict import Verdict
-from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.record import Estimate, Forecast, LiveTensors, Phase, PhaseForecast
 from pytest_diffopt.observation.observation import Owner, PhaseResidency, Residency
 from pytest_diffopt.recipe import Recipe

@@ -1,14 +1,16 @@
 """Which device a recipe runs on, and its memory: one small facade over torch's device modules.
 
-On a machine with no accelerator the simulated one stands in (``sim``). The host itself (``cpu``) is taken where it is asked
-for: everything is judged there except what only an accelerator can show, its memory.
+On a machine with no accelerator a simulated GPU stands in (``sim``): torch's own ``cuda``, while it is in use. The host
+itself (``cpu``) is taken where it is asked for: everything is judged there except what only an accelerator can show, its
+memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,16 +31,23 @@ class Accelerator:
     """A device that recipes run on.
 
     Attributes:
-        kind: torch's device type, one of :data:`KINDS`.
+        kind: one of :data:`KINDS`.
         name: as the device calls itself.
         total_memory_bytes: None where the device does not say (``cpu``, ``mps``).
         capability: e.g. ``(8, 9)`` on CUDA, else None.
+        simulation: which GPU is simulated, where one is.
     """
 
     kind: str
     name: str
     total_memory_bytes: int | None = None
     capability: tuple[int, int] | None = None
+    simulation: Simulation | None = None
+
+    @property
+    def device_type(self) -> str:
+        """torch's name of the device's type: a simulated GPU is ``cuda``."""
+        return "cuda" if self.is_simulated else self.kind
 
     @property
     def is_real(self) -> bool:
@@ -62,24 +71,29 @@ class Accelerator:
 
         if self.kind in ("cpu", "mps"):
             return torch.device(self.kind)
-        return torch.device(self.kind, self._module.current_device())
+        return torch.device(self.device_type, self._module.current_device())
 
     @contextlib.contextmanager
-    def known_to_libraries(self) -> Iterator[None]:
-        """Inside this the libraries treat the simulated device as one of theirs; a device that they know changes nothing."""
-        if not self.is_simulated:
+    def in_use(self) -> Iterator[None]:
+        """A simulated GPU is there inside this, and gone after it; any other device is there anyway. It nests."""
+        if self.simulation is None:
             yield
             return
-        from pytest_diffopt.accelerators.simulated.libraries import adapted_libraries
-
-        with adapted_libraries():
+        with self.simulation.in_use():
             yield
 
     @functools.cached_property
     def _module(self) -> Any:
         import torch
 
-        return getattr(torch, self.kind)
+        return getattr(torch, self.device_type)
+
+    @functools.cached_property
+    def _simulated(self) -> Any:
+        """What torch.cuda has no name for."""
+        from pytest_diffopt.accelerators import simulated
+
+        return simulated
 
     def synchronize(self) -> None:
         """Wait until everything that was queued on the device has run."""
@@ -131,21 +145,21 @@ class Accelerator:
 
     def allocated_bytes(self, requested_bytes: int) -> int:
         """What the device's counters say for a block of so many bytes: torch's caching allocators count steps of 512."""
-        if self.is_host or (self.is_simulated and not self._module.is_caching_allocator()):
+        if self.is_host or (self.is_simulated and not self._simulated.is_caching_allocator()):
             return requested_bytes
         return -(-requested_bytes // 512) * 512
 
     def transferred_bytes(self) -> dict[str, int] | None:
         """Bytes copied so far, ``h2d`` from the host and ``d2h`` to it; None where the device does not count them."""
-        if self.is_host or not hasattr(self._module, "transfer_stats"):
+        if not self.is_simulated:
             return None
-        stats = self._module.transfer_stats()
+        stats = self._simulated.transfer_stats()
         return {"h2d": int(stats["h2d_bytes"]), "d2h": int(stats["d2h_bytes"])}
 
     @functools.cached_property
     def _events(self) -> SimulatedEvents | CudaEvents | None:
         if self.is_simulated:
-            return SimulatedEvents(self._module)
+            return SimulatedEvents(self._simulated)
         return CudaEvents(self._module) if self.kind == "cuda" else None
 
     def start_allocation_events(self) -> bool:
@@ -174,6 +188,37 @@ class Accelerator:
         """Give cached blocks back to the device."""
         if not self.is_host:
             self._module.empty_cache()
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Which GPU is simulated.
+
+    Attributes:
+        gpu: the card's name.
+        devices: how many of it there are.
+        memory_bytes: of each; None for the card's.
+        index: of the one that is current when it comes into use.
+    """
+
+    gpu: str
+    devices: int = 1
+    memory_bytes: int | None = None
+    index: int = 0
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """It is there inside this. A GPU that is simulated already, by whoever, is used as it is."""
+        from pytest_diffopt.accelerators.simulated import current, simulated_cuda
+
+        if current() is not None:
+            yield
+            return
+        import torch
+
+        with simulated_cuda(self.gpu, devices=self.devices, memory=self.memory_bytes):
+            torch.cuda.set_device(self.index)
+            yield
 
 
 _RESETS = ("reset_peak_memory_stats", "reset_max_memory_allocated")
@@ -233,7 +278,7 @@ class Peak:
 
 
 def select(kind: str = "auto", worker: int | None = None) -> Accelerator:
-    """The accelerator of that kind; ``auto`` takes the first real one there is, else the simulated one.
+    """The accelerator of that kind; ``auto`` takes the first real one there is, else a simulated GPU.
 
     Args:
         kind: one of :data:`KINDS`, or ``auto``.
@@ -242,7 +287,7 @@ def select(kind: str = "auto", worker: int | None = None) -> Accelerator:
 
     Raises:
         DiffoptError: the kind is unknown, or there is no such device on this machine.
-        UnverifiableError: the simulated one cannot be built here, or another device has its place in torch.
+        UnverifiableError: the simulated one cannot be built here.
     """
     import torch
 
@@ -252,13 +297,56 @@ def select(kind: str = "auto", worker: int | None = None) -> Accelerator:
     if kind == "mps":
         return Accelerator("mps", "mps")
     if kind == "sim":
-        importlib.import_module("pytest_diffopt.accelerators.simulated")
+        from pytest_diffopt.accelerators.simulated.gpu import load_library
+
+        load_library()
+        return simulated_gpu(worker=worker)
     module = getattr(torch, kind)
     if worker is not None:
         take_device(kind, worker, module)
     properties = module.get_device_properties(module.current_device())
     capability = module.get_device_capability() if kind == "cuda" else None
     return Accelerator(kind, str(properties.name), int(properties.total_memory), capability)
+
+
+DEFAULT_GPU = "rtx-4090"
+"""The GPU that is simulated where none was named."""
+
+
+def simulated_gpu(gpu: str | None = None, *, worker: int | None = None) -> Accelerator:
+    """A simulated GPU, there while it is :meth:`Accelerator.in_use`; nothing is built for the answer.
+
+    Args:
+        gpu: the card's name; None for the one that is simulated now, else :data:`DEFAULT_GPU`.
+        worker: as of :func:`select`.
+
+    Raises:
+        DiffoptError: no card has that name, or ``DIFFOPT_SIM_DEVICES`` is no number of devices.
+    """
+    from pytest_diffopt.accelerators.simulated import current
+    from pytest_diffopt.accelerators.simulated.cards import properties_of
+
+    now = current()
+    if now is not None and gpu is None:
+        properties, devices, name = now.properties, now.devices, now.name
+    else:
+        name = gpu or DEFAULT_GPU
+        properties, devices = properties_of(name), _devices_wanted()
+    index = 0 if worker is None else worker % devices
+    return Accelerator(
+        "sim",
+        f"simulated {properties.name}",
+        properties.total_memory,
+        (properties.major, properties.minor),
+        Simulation(name, devices, properties.total_memory, index),
+    )
+
+
+def _devices_wanted() -> int:
+    text = os.environ.get("DIFFOPT_SIM_DEVICES", "2")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 16:
+        raise DiffoptError(f"DIFFOPT_SIM_DEVICES: found {text!r}; it takes a number of devices from 1 to 16")
+    return int(text)
 
 
 def resolve_kind(kind: str = "auto") -> str:
@@ -282,5 +370,13 @@ def _available(kind: str) -> bool:
 
     if kind in ("sim", "cpu"):
         return True
+    if kind == "cuda" and _simulated_now():
+        return False
     module = getattr(torch, kind, None)
     return bool(module is not None and module.is_available())
+
+
+def _simulated_now() -> bool:
+    """Whether ``torch.cuda`` is a simulated GPU at this moment."""
+    gpu = sys.modules.get("pytest_diffopt.accelerators.simulated.gpu")
+    return gpu is not None and gpu.current() is not None

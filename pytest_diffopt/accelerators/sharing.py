@@ -126,6 +126,8 @@ def lock_file(accelerator: Accelerator) -> Path:
 
 def device_identity(accelerator: Accelerator) -> str:
     """What tells the current device from others of the host, whatever number a process knows it by."""
+    if accelerator.simulation is not None:
+        return f"{accelerator.kind}-{accelerator.simulation.index}"
     device = accelerator.device
     if device.index is None:
         return str(device.type)

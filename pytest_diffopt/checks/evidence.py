@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_diffopt.checks.verdict import Status, Verdict
 
 if TYPE_CHECKING:
+    from pytest_diffopt.accelerators.gpus import Card
     from pytest_diffopt.contract import Limits
-    from pytest_diffopt.forecasting.cards import Card
     from pytest_diffopt.forecasting.record import Forecast
     from pytest_diffopt.observation.observation import ComponentRecord, Observation, Place
     from pytest_diffopt.recipe import Recipe

@@ -18,8 +18,8 @@ from pytest_diffopt.checks.evidence import ForecastEvidence, message_lines, shor
 from pytest_diffopt.forecasting.record import CONTEXT_BYTES, Estimate, Fit, Forecast, LiveTensors, PhaseForecast
 
 if TYPE_CHECKING:
+    from pytest_diffopt.accelerators.gpus import Card
     from pytest_diffopt.checks.verdict import Status, Verdict
-    from pytest_diffopt.forecasting.cards import Card
     from pytest_diffopt.recipe import Recipe
 
 NAME = "forecast"

@@ -199,7 +199,7 @@ class Session:
 
     def forecast_evidence(self, recipe: Recipe) -> ForecastEvidence:
         """Everything that the check `forecast` reads; the recipe itself is not run."""
-        from pytest_diffopt.forecasting.cards import card
+        from pytest_diffopt.accelerators.gpus import card
 
         gpu = recipe.forecast.gpu if recipe.forecast is not None else None
         try:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from pytest_diffopt.accelerators.gpus import Card
+from pytest_diffopt.accelerators.gpus import card as find_card
 from pytest_diffopt.byte_sizes import SIZES_ALLOWED, parse_bytes
 from pytest_diffopt.command_line.command import UsageError
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import Card
-from pytest_diffopt.forecasting.cards import card as find_card
 
 MODEL = "a full-size model: a name that the command models lists, its hub id, or a directory of config files"
 """What ``--model`` takes."""

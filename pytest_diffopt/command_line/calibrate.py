@@ -111,9 +111,9 @@ def _device(kind: str) -> Accelerator:
         ) from None
     accelerator = select(kind)
     if accelerator.is_simulated:
-        import torch
+        from pytest_diffopt.accelerators.simulated import set_caching_allocator
 
-        torch.sim.set_caching_allocator(True)  # type: ignore[attr-defined]  # it counts as CUDA's does
+        set_caching_allocator(True)  # it counts as CUDA's does
     return accelerator
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.accelerators.gpus import CARDS
 from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.command_line import arguments, terminals
 from pytest_diffopt.command_line.arguments import STDOUT
@@ -19,7 +20,6 @@ from pytest_diffopt.command_line.command import HELD, MISSED, Command, UsageErro
 from pytest_diffopt.command_line.selection import Job, chosen, jobs_of, left_out_line
 from pytest_diffopt.command_line.whole_files import check_writable, write_for
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.report.forecasts import (
     ANY_CARD,
     Row,
@@ -33,7 +33,7 @@ from pytest_diffopt.report.forecasts import (
 )
 
 if TYPE_CHECKING:
-    from pytest_diffopt.forecasting.cards import Card
+    from pytest_diffopt.accelerators.gpus import Card
     from pytest_diffopt.forecasting.record import Forecast
 
 COMMON_GB = (12, 16, 24, 80)

@@ -8,14 +8,21 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pytest_diffopt.accelerators.gpus import CARDS as KNOWN_CARDS
+from pytest_diffopt.accelerators.gpus import USABLE_NOTE, Card
 from pytest_diffopt.command_line.command import HELD, Command
 from pytest_diffopt.command_line.terminals import has_color, width_of
-from pytest_diffopt.forecasting.cards import CARDS as KNOWN_CARDS
-from pytest_diffopt.forecasting.cards import USABLE_NOTE, Card
 from pytest_diffopt.report.tables import lines_of, new_table
 
 if TYPE_CHECKING:
     from pytest_diffopt.replicas.description import Description
+
+
+_FIGURES_NOTE = (
+    "arch: its compute capability, 8.9 is sm_89. SMs: its multiprocessors. GB/s: what its memory transfers at the most."
+)
+_FIGURES = ("SMs", "GB/s", "sold as (GB)", "CUDA reports (GiB)")
+_WHOLE = ("card", "arch")  # what is typed elsewhere is not broken
 
 
 def model_lines(models: Sequence[Description], *, width: int, color: bool = False) -> list[str]:
@@ -29,19 +36,23 @@ def model_lines(models: Sequence[Description], *, width: int, color: bool = Fals
 
 
 def card_lines(cards: Sequence[Card], *, width: int, color: bool = False) -> list[str]:
-    """A line a card: its memory as sold and as CUDA reports it, where that was seen, and what holds for all cards."""
+    """A line a card: its memory as sold and as CUDA reports it, where that was seen, its figures, and what holds for all."""
+    titles = ("card", "title", "arch", "SMs", "GB/s", "sold as (GB)", "CUDA reports (GiB)", "seen in")
     cells = [
         [
             one.name,
             one.title,
+            "sm_{}{}".format(*one.hardware.capability),
+            f"{one.hardware.multiprocessors}",
+            f"{one.hardware.bytes_per_second / 10**9:.0f}",
             f"{one.nominal_bytes // 2**30}",
             f"{one.total_bytes / 2**30:.2f}",
             f"{one.source}\n{one.note}".strip(),
         ]
         for one in cards
     ]
-    lines = _lines(("card", "title", "sold as (GB)", "CUDA reports (GiB)", "seen in"), cells, width, color)
-    return [*lines, "", *textwrap.wrap(USABLE_NOTE, width)]
+    lines = _lines(titles, cells, width, color)
+    return [*lines, "", *textwrap.wrap(USABLE_NOTE, width), "", *textwrap.wrap(_FIGURES_NOTE, width)]
 
 
 def _lines(titles: Sequence[str], cells: Sequence[Sequence[str]], width: int, color: bool) -> list[str]:
@@ -49,7 +60,8 @@ def _lines(titles: Sequence[str], cells: Sequence[Sequence[str]], width: int, co
 
     table = new_table()
     for title in titles:
-        table.add_column(title, justify="right" if title.endswith(")") else "left", overflow="fold")
+        figures, whole = title in _FIGURES, title in _WHOLE
+        table.add_column(title, justify="right" if figures else "left", overflow="fold", no_wrap=whole)
     for row in cells:
         table.add_row(*map(Text, row))
     return lines_of(table, width=width, color=color)
@@ -74,4 +86,4 @@ def _list_cards(given: argparse.Namespace) -> int:
 
 
 MODELS = Command("models", "List the full-size models that are known by name", _no_arguments, _list_models)
-CARDS = Command("cards", "List the cards that are known by name, and their memory", _no_arguments, _list_cards)
+CARDS = Command("cards", "List the cards that are known by name, and what they have", _no_arguments, _list_cards)

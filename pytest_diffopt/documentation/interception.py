@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+from pytest_diffopt.libraries import exchange_everywhere
 from pytest_diffopt.preparation import quantization
 
 PICTURE_SIDE = 128

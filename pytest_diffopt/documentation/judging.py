@@ -56,7 +56,7 @@ _HARDWARE = re.compile(
     r"(?:cuda|nvidia|gpu)\b.{0,40}\b(?:is required|is needed|not available|unavailable|not found)|"
     r"torch not compiled with cuda|no nvidia driver|found no nvidia"
 )
-_NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:sim|cpu|mps|xpu)[.\w]*' has no attribute '(\w+)'")
+_NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:cuda|cpu|mps|xpu)[.\w]*' has no attribute '(\w+)'")
 _NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _PLACEHOLDER_OWNER = re.compile(
@@ -194,8 +194,8 @@ def _did_not_run(
         return "unverified", f"{where}it asks for hardware that is not here ({raised})", evidence
     if "AttributeError" in raised.kinds and (match := _NO_SUCH_DEVICE_CALL.search(raised.message)):
         return "unverified", f"{where}the device in use has nothing like torch.cuda's {match[1]} ({raised})", evidence
-    if "NotImplementedError" in raised.kinds and re.search(r"'sim'|PrivateUse1", raised.message):
-        return "unverified", f"{where}the simulated device cannot do it ({raised})", evidence
+    if "NotImplementedError" in raised.kinds and raised.message.startswith("The simulated GPU has no"):
+        return "unverified", f"{where}the simulated GPU cannot do it ({raised})", evidence
     return "failed", f"{where}{raised}", evidence
 
 

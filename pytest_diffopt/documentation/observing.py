@@ -161,7 +161,7 @@ def run_block(order: Order, accelerator: Accelerator) -> BlockRun:
 
     run = _Observing(order, accelerator)
     stack = contextlib.ExitStack()
-    stack.enter_context(accelerator.known_to_libraries())
+    stack.enter_context(accelerator.in_use())
     stack.enter_context(quantization.quantizers_accept(accelerator))
     stack.enter_context(gguf_files.loadable())
     stack.enter_context(uninitialized_memory.filled())
@@ -184,7 +184,7 @@ class _Observing:
         self._unread = ""
 
     def everything(self) -> BlockRun:
-        order, device = self.order, self.accelerator.kind
+        order, device = self.order, self.accelerator.device_type
         self.interception.install(
             self._on_call,
             compiles=order.variant != "eager",
@@ -230,7 +230,7 @@ class _Observing:
             code.source,
             page=self.order.page,
             line=code.line,
-            device=self.accelerator.kind,
+            device=self.accelerator.device_type,
             folder=self.order.folder,
         )
 

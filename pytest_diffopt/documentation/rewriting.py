@@ -1,7 +1,7 @@
-"""A block's code as it is run: its text is not changed, what it asks of the device is, in the syntax tree.
+"""A block's code as it is run: its text is not changed; where the device in use is not ``cuda``, its syntax tree is.
 
-``cuda`` becomes the accelerator in use, placeholder paths come to stand in the block's own folder, and what an ``except``
-holds back is told. Line numbers are those of the page.
+``cuda`` becomes that device then (``cpu``, ``xpu``, ``mps``). Placeholder paths come to stand in the block's own folder,
+and what an ``except`` holds back is noted. Line numbers are those of the page.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.accelerators.gpus import Card
+from pytest_diffopt.accelerators.gpus import card as find_card
 from pytest_diffopt.byte_sizes import human, parse_bytes
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import Card
-from pytest_diffopt.forecasting.cards import card as find_card
 from pytest_diffopt.libraries import found_in
 from pytest_diffopt.recipe import Offloading, Quantization, Recipe
 from pytest_diffopt.replicas.catalogue import registry

@@ -44,9 +44,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator
+from pytest_diffopt.accelerators.gpus import CARDS
+from pytest_diffopt.accelerators.gpus import card as find_card
 from pytest_diffopt.errors import DiffoptError, ForecastError
-from pytest_diffopt.forecasting.cards import CARDS
-from pytest_diffopt.forecasting.cards import card as find_card
 from pytest_diffopt.forecasting.generations import GENERATIONS
 from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder
@@ -288,7 +288,7 @@ def measure(
     spans = _Spans(accelerator, progress or (lambda words: None))
     prepared: Prepared | None = None
     stopped = stopped_by = ""
-    with borrowed_state(), quietly(), accelerator.known_to_libraries(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), quietly(), accelerator.in_use(), dynamo_settings(recipe.dynamo):
         try:
             spans.begin("load")
             prepared = prepare(recipe, accelerator, allow_hub=allow_hub, on_loaded=lambda _: spans.begin("place"))

@@ -66,16 +66,17 @@ def convolution(
       this rule. Allocated they would be 33.83 and 22.63: those figures are what nvidia-smi and the caching allocator see.
 
     The range: every public figure of Ampere, Ada and Hopper above lies within a few percent of what is expected, so 0.6 to
-    1.5 times are taken for other shapes and versions of cuDNN. On Turing and Blackwell, of which no figure was found, the
-    least is 0 and the most twice as much. Where memory is short, torch goes on to a plan of cuDNN's that needs less
+    1.5 times are taken for other shapes and versions of cuDNN. On the others, of which no figure was found, the least is
+    0 and the most twice as much. Where memory is short, torch goes on to a plan of cuDNN's that needs less
     (pytorch/pytorch: aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``): so nothing is ever said not to fit for a
     workspace's sake, see :attr:`Forecast.floor_bytes`.
 
     Channels last, nothing is converted, and nothing is expected. Where only the input or only the weight is channels
     last, torch copies the other; and an input that is not contiguous at all. Source, pytorch/pytorch:
     aten/src/ATen/native/Convolution.cpp, where ``cudnn_conv_suggest_memory_format`` decides. Nothing is expected of
-    float32 on Turing, which has no TF32, of float64, and of depthwise convolutions, which have kernels of their own in
-    torch (aten/src/ATen/native/cuda/DepthwiseConv2d.cu); their most is the same.
+    float32 before Ampere, where there is no TF32, of anything on Pascal, which has no tensor cores, of float64, and of
+    depthwise convolutions, which have kernels of their own in torch (aten/src/ATen/native/cuda/DepthwiseConv2d.cu);
+    their most is the same.
 
     Not modelled: torch 2.9, which does not use cuDNN for 3-D half precision and takes 7.3 GiB where float32 takes
     2.5 (pytorch/pytorch#166643); and ``torch.backends.cudnn.benchmark``, which tries every kernel once.
@@ -94,7 +95,7 @@ def convolution(
     if input.dtype == torch.float32 and input.dim() == 4:
         least, expected = min(least, _OF_FLOAT32_IMAGES[0]), _OF_FLOAT32_IMAGES[1]
     is_depthwise = groups > 1 and groups == input.shape[1]
-    without_tensor_cores = input.dtype == torch.float32 and which.capability < (8, 0)
+    without_tensor_cores = which.capability < ((8, 0) if input.dtype == torch.float32 else (7, 0))
     if is_depthwise or without_tensor_cores or input.dtype == torch.float64:
         least = expected = 0.0
     return Estimate(
@@ -115,10 +116,10 @@ def choose_attention(
     """The kernel that ``scaled_dot_product_attention`` takes on CUDA, when no gradient is asked for.
 
     Source, pytorch/pytorch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and .../sdp_utils_cpp.h: the first in
-    the order of ``priority_order`` whose conditions hold. cuDNN comes first on Hopper alone, of our cards; flash
-    attention takes half precision, no mask and heads up to 256 wide, from Ampere on; memory-efficient attention takes a
-    mask, any width that is a multiple of its alignment, and float32, but bfloat16 only from Ampere on. All else is
-    computed step by step.
+    the order of ``priority_order`` whose conditions hold. cuDNN comes first on Hopper, and on Blackwell in data centers;
+    flash attention takes half precision, no mask and heads up to 256 wide, from Ampere on; memory-efficient attention
+    takes a mask, any width that is a multiple of its alignment, and float32, but bfloat16 only from Ampere on. All else
+    is computed step by step.
 
     Args:
         query, key, value: shape (batch, heads, length, width of a head).
@@ -279,7 +280,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _gemm_alignment(is_half: bool, capability: tuple[int, int]) -> int:
     """``minimum_gemm_alignment``. Source: pytorch/pytorch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp."""
     if is_half:
-        return 8
+        return 8 if capability >= (7, 0) else 1
     return 4 if capability >= (8, 0) else 1
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
+from pytest_diffopt.accelerators.gpus import GenerationName
 from pytest_diffopt.errors import DiffoptError
-
-GenerationName = Literal["turing", "ampere", "ada", "hopper", "blackwell"]
 
 _MIB = 1024**2
 
@@ -22,7 +20,7 @@ class Generation:
     """One generation.
 
     Attributes:
-        name: as :attr:`pytest_diffopt.forecasting.cards.Card.generation`.
+        name: as :attr:`pytest_diffopt.accelerators.gpus.Card.generation`.
         capability: the compute capability of the least of its cards: ``(8, 0)`` is sm80.
         cublas_workspace_bytes: that torch's allocator holds for cuBLAS from the first matrix product on, for each stream
             that makes one. ``:4096:2:16:8`` is 2 × 4096 KiB + 8 × 16 KiB; Hopper and Blackwell have 32 MiB. Source,
@@ -49,7 +47,7 @@ class Generation:
     def prefers_cudnn_attention(self) -> bool:
         """Whether torch asks cuDNN first: sm90 and sm10x, with cuDNN newer than 9.15.0.
 
-        Blackwell's cards in our table are sm120, and are not asked. Source: as above, ``check_prefer_cudnn_attention``.
+        On other Blackwells, sm120, it does not. Source: as above, ``check_prefer_cudnn_attention``.
         """
         return self.capability[0] in (9, 10)
 
@@ -62,10 +60,13 @@ _LARGE_CUBLAS = 32 * _MIB
 # after pytorch/pytorch#194311 (August 2026) frees the workspace after each product, unless TORCH_CUBLAS_WORKSPACE_CACHE=1.
 
 _GENERATIONS = (
+    Generation("pascal", (6, 0), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
+    Generation("volta", (7, 0), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
     Generation("turing", (7, 5), _SMALL_CUBLAS, (0.0, 1.0, 2.0)),
     Generation("ampere", (8, 0), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
     Generation("ada", (8, 9), _SMALL_CUBLAS, (0.6, 1.0, 1.5)),
     Generation("hopper", (9, 0), _LARGE_CUBLAS, (0.6, 1.0, 1.5)),
+    Generation("blackwell-datacenter", (10, 0), _LARGE_CUBLAS, (0.0, 1.0, 2.0)),
     Generation("blackwell", (12, 0), _LARGE_CUBLAS, (0.0, 1.0, 2.0)),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pytest_diffopt.accelerators.simulated.libraries import exchange_everywhere
+from pytest_diffopt.libraries import exchange_everywhere
 from pytest_diffopt.preparation import loading_order
 from pytest_diffopt.replicas.checkpoint import DTYPES
 

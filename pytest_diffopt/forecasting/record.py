@@ -16,7 +16,7 @@ from pytest_diffopt.observation.observation import Residency
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from pytest_diffopt.forecasting.cards import Card
+    from pytest_diffopt.accelerators.gpus import Card
 
 SCHEMA_VERSION = 1
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.accelerators import Accelerator, select, simulated, simulated_gpu
+from pytest_diffopt.accelerators.gpus import CARDS, card
 from pytest_diffopt.errors import DiffoptError, ForecastError, ReplicaError
 from pytest_diffopt.forecasting import loading
 from pytest_diffopt.forecasting.assumptions import Assumptions, assumed
-from pytest_diffopt.forecasting.cards import card
 from pytest_diffopt.forecasting.costs import costs_on
 from pytest_diffopt.forecasting.cuda_kernels import KERNELS
 from pytest_diffopt.forecasting.generations import Generation, generation
@@ -38,6 +38,7 @@ from pytest_diffopt.forecasting.peaks import (
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
 from pytest_diffopt.observation.failures import failure_of
+from pytest_diffopt.observation.memory import somebody_froze
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -93,7 +94,7 @@ def forecast(
         sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels, or several, one a call; by default the
             model's own.
         steps: denoising steps a call; by default the recipe's, and at least :data:`LEAST_STEPS`.
-        gpu: a card's name (:mod:`.cards`), whose generation's kernels are assumed; else those of
+        gpu: a card's name (:mod:`pytest_diffopt.accelerators.gpus`), whose generation's kernels are assumed; else those of
             :data:`DEFAULT_GENERATION`.
         assume: versions and flags to take for granted, see :class:`.assumptions.Assumptions`.
         kwargs: further keyword arguments of the calls, over the recipe's.
@@ -245,7 +246,10 @@ class _Run:
         self._given = given  # arguments of the call that are not the recipe's
         self._modify = modify
         self.recipe, self.description, self.assumptions, self.on, self.say = recipe, description, assumptions, on, say
-        self.accelerator: Accelerator = select("sim")
+        select("sim")  # which builds it, where it was not yet
+        self.accelerator: Accelerator = simulated_gpu(
+            next(one.name for one in CARDS.values() if one.generation == on.name)
+        )
         self.ledger = ResidencyLedger(self.accelerator)
         self.phase = "loading"
         self.guesses: tuple[str, ...] = ()
@@ -260,12 +264,7 @@ class _Run:
         ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
         self._workspace: torch.Tensor | None = None
-
-    @property
-    def sim(self) -> Any:
-        import torch
-
-        return torch.sim  # type: ignore[attr-defined]
+        self._freezes = False
 
     def everything(self) -> None:
         """Load, place, call. Raises ForecastError where the recipe's own code stops."""
@@ -279,11 +278,11 @@ class _Run:
             )
             recipe = self.recipe.replace(pipeline=str(checkpoint))
             with (
-                self._settings(),
-                self.accelerator.known_to_libraries(),
-                _no_gpu(),
-                kept_tables.made_anew(),
                 self._frozen(),
+                self.accelerator.in_use(),
+                simulated.as_capability(self.on.capability),
+                self._settings(),
+                kept_tables.made_anew(),
                 self._dry() as dry,
             ):
                 guessed = dry.guesses  # of one that was open before
@@ -321,7 +320,7 @@ class _Run:
             finally:
                 prepared.release()
         finally:
-            low, expected, high = (self.sim.replay_reserved_memory(at) for at in ("low", "expected", "high"))
+            low, expected, high = (simulated.replay_reserved_memory(at) for at in ("low", "expected", "high"))
             # less may be worse: other blocks are cut otherwise
             self.reserved = Estimate(min(low, expected, high), expected, max(low, expected, high))
             self.ledger.close()
@@ -417,8 +416,8 @@ class _Run:
         ]
         blocks = self.accelerator.blocks(tensors)
         mapped = {tensor.data_ptr(): tensor.nbytes for tensor, block in zip(tensors, blocks, strict=True) if block < 0}
-        stats = self.sim.host_memory_stats()
-        self.sim.reset_peak_host_memory_stats()
+        stats = simulated.host_memory_stats()
+        simulated.reset_peak_host_memory_stats()
         self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + sum(mapped.values()))
         self.pinned_bytes = max(self.pinned_bytes, stats["peak_pinned"] - self._pinned_before)
 
@@ -457,25 +456,25 @@ class _Run:
 
         index = self.accelerator.device.index
         ops = torch.ops.pytest_diffopt_sim
-        capacity, allowed, caching = ops.capacity(index), ops.allowed(index), self.sim.is_caching_allocator()
-        gc.collect()
+        capacity, allowed, caching = ops.capacity(index), ops.allowed(index), simulated.is_caching_allocator()
         self.accelerator.empty_cache()
-        others = self.sim.memory_allocated()
-        self.sim.set_memory_limit(_ROOM_BYTES)
-        self.sim.set_caching_allocator(True)
-        self.sim.reset_peak_host_memory_stats()
-        stats = self.sim.host_memory_stats()
+        others = self.accelerator.live_bytes() or 0
+        simulated.set_memory_limit(_ROOM_BYTES)
+        simulated.set_caching_allocator(True)
+        simulated.reset_peak_host_memory_stats()
+        stats = simulated.host_memory_stats()
         self._host_before, self._pinned_before = stats["allocated"], stats["pinned"]
         try:
             yield
         finally:
             gc.collect()
-            if self.sim.memory_allocated() > others:
-                kept_tables.forget(self.accelerator.kind)
+            if (self.accelerator.live_bytes() or 0) > others:
+                self._thaw()  # the tables of what was imported before
+                kept_tables.forget(self.accelerator.device_type)
                 gc.collect()
             self.accelerator.empty_cache()
-            self.sim.set_caching_allocator(caching)
-            self.sim.set_memory_limit(capacity)
+            simulated.set_caching_allocator(caching)
+            simulated.set_memory_limit(capacity)
             ops.set_allowed(index, allowed)
 
     @contextlib.contextmanager
@@ -486,20 +485,24 @@ class _Run:
             attention=self.assumptions.attention,
         )
         three = {name: _numbers(cost) for name, cost in costs.items()}
-        with self.sim.dry(kernels=KERNELS, costs=three) as dry:
+        with simulated.dry(kernels=KERNELS, costs=three) as dry:
             yield dry
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Half a million objects of the libraries need not be looked at whenever garbage is."""
-        freezes = not gc.get_freeze_count()
-        if freezes:
+        """Half a million objects of the libraries need not be looked at whenever garbage is; what is garbage now goes."""
+        gc.collect()
+        self._freezes = not somebody_froze()
+        if self._freezes:
             gc.freeze()
         try:
             yield
         finally:
-            if freezes:
-                gc.unfreeze()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        if self._freezes:
+            gc.unfreeze()
 
     # what was found
 
@@ -616,19 +619,6 @@ class _Run:
                     f"what it does for other values is not known."
                 )
         return tuple(wide), tuple(unknown)
-
-
-@contextlib.contextmanager
-def _no_gpu() -> Iterator[None]:
-    """On a machine that has one too: libraries that ask for CUDA first would load onto it."""
-    import torch
-
-    available = torch.cuda.is_available
-    torch.cuda.is_available = lambda: False
-    try:
-        yield
-    finally:
-        torch.cuda.is_available = available
 
 
 def _records_graphs(compilation: Compilation) -> bool:

@@ -26,7 +26,7 @@ def load_peaks(
     """
     found = []
     import_libraries(recipe)
-    with borrowed_state(), accelerator.known_to_libraries(), quietly(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), accelerator.in_use(), quietly(), dynamo_settings(recipe.dynamo):
         for _ in range(times):
             watch = MemoryWatch(accelerator)
             watch.open()

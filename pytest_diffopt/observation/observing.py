@@ -101,10 +101,10 @@ def observe(
     if precise is None:
         precise = not recipe.compilation and recipe.offloading is None
     if not accelerator.is_host:
-        kept_tables.forget(accelerator.kind)
+        kept_tables.forget(accelerator.device_type)
     with (
         state.borrowed_state(),
-        accelerator.known_to_libraries(),
+        accelerator.in_use(),
         kept_tables.made_anew(),
         uninitialized_memory.filled(),
         quietly() as caught,
@@ -308,7 +308,7 @@ class Run:
             self.notes.append("no sensitivity run: the model's inputs hold nothing that could be changed")
             return
         inputs = digest(arguments)
-        self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.kind), inputs)
+        self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.device_type), inputs)
         started = time.perf_counter()
         result = self._run(prepared, arguments)
         self.accelerator.synchronize()
@@ -317,7 +317,7 @@ class Run:
         self.result = result if self.keeps_result else None
         del result
         self.memory.call_ends(
-            call, prepared.components, self.recorder.held_bytes(self.accelerator.kind, also=arguments)
+            call, prepared.components, self.recorder.held_bytes(self.accelerator.device_type, also=arguments)
         )
         if prepared.is_model:
             self.recorder.record("inputs after the call", arguments)
@@ -381,7 +381,7 @@ class Run:
         self.memory.call_begins(f"call {call} again, {repeat}", 0, digest(arguments))
         self._run(prepared, arguments)
         self.accelerator.synchronize()
-        held = self.recorder.held_bytes(self.accelerator.kind, also=arguments)
+        held = self.recorder.held_bytes(self.accelerator.device_type, also=arguments)
         self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
 
     def _describe(self, prepared: Prepared) -> None:

@@ -292,7 +292,7 @@ def _globals() -> tuple[Global, ...]:
             for name in ("flash", "math", "mem_efficient", "cudnn")
             if hasattr(torch.backends.cuda, f"{name}_sdp_enabled")
         ),
-        *(_autocast(kind) for kind in ("cpu", "cuda", *(("sim",) if hasattr(torch, "sim") else ()))),
+        *(_autocast(kind) for kind in ("cpu", "cuda")),
         Global("torch compiler stance", _read_stance, _write_stance),
         Global("torch compiler callbacks", _read_callbacks, _write_callbacks),
         Global("torch.nn global module hooks", _read_module_hooks, _write_module_hooks),
@@ -357,9 +357,7 @@ def read_random() -> dict[str, Any]:
 def _device_module() -> Any:
     """torch's module of the accelerator that has been used in this process; None where there is none."""
     torch = _torch()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda
-    return getattr(torch, "sim", None)  # there from the moment that the simulated accelerator is loaded
+    return torch.cuda if torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
 def write_random(state: dict[str, Any]) -> None:

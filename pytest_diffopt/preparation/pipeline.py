@@ -259,7 +259,7 @@ def prepared(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool = Fals
     """Like :func:`prepare`, with every global given back when the context closes."""
     from pytest_diffopt.preparation.borrowed_state import borrowed_state
 
-    with borrowed_state(), accelerator.known_to_libraries(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), accelerator.in_use(), dynamo_settings(recipe.dynamo):
         yield prepare(recipe, accelerator, allow_hub=allow_hub)
 
 

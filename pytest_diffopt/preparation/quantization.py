@@ -142,7 +142,7 @@ def quantizers_accept(accelerator: Accelerator) -> Iterator[None]:
         return
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
-    device_map = {"": accelerator.kind}
+    device_map = {"": accelerator.device_type}
     with contextlib.ExitStack() as stack:
         for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
             # raises "No GPU found", though the layers run on the host

@@ -13,7 +13,7 @@ from pytest_diffopt.byte_sizes import human
 from pytest_diffopt.report.tables import GAP, Column, fitting, folded, lines_of, new_table, room, widths
 
 if TYPE_CHECKING:
-    from pytest_diffopt.forecasting.cards import Card
+    from pytest_diffopt.accelerators.gpus import Card
     from pytest_diffopt.forecasting.record import Estimate, Fit, Forecast
 
 SCHEMA_VERSION = 1

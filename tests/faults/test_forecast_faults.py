@@ -13,6 +13,7 @@ import torch
 
 from pytest_diffopt import Compilation, Offloading, Quantization, Recipe, observe
 from pytest_diffopt.accelerators import select
+from pytest_diffopt.accelerators.simulated import register_dry_kernel
 from pytest_diffopt.errors import DiffoptError
 from pytest_diffopt.forecasting import running
 from pytest_diffopt.forecasting.record import Forecast
@@ -245,7 +246,7 @@ def test_a_value_that_nobody_computed_and_the_host_needs_ends_the_forecast(
     assert sentence == (
         "r on tiny stopped in the call, in transformer: NotImplementedError: On the dry device the value of a tensor is "
         "needed that nobody computed, and there is no rule for it (when running aten::_local_scalar_dense). "
-        "torch.sim.register_dry_kernel gives it one."
+        "pytest_diffopt.accelerators.simulated.register_dry_kernel gives it one."
     )
     assert pipeline.startswith("  diffusers/pipelines/flux/pipeline_flux.py:")
     assert re.fullmatch(r"  \S*test_forecast_faults.py:\d+, in <lambda>: after_the_denoiser\(.*", own)
@@ -338,7 +339,7 @@ def test_an_operation_that_nothing_describes_ends_the_forecast_by_its_name(
     after_the_denoiser(lambda self, x: torch.ops.diffopt_faults.opaque(x))
     with pytest.raises(DiffoptError, match=r"stopped in the call, in transformer: .*diffopt_faults::opaque"):
         forecast_of(tiny)
-    rule = torch.sim.register_dry_kernel("diffopt_faults::opaque", torch.empty_like)  # type: ignore[attr-defined]
+    rule = register_dry_kernel("diffopt_faults::opaque", torch.empty_like)
     try:
         by_rule = forecast_of(tiny)
     finally:

@@ -217,7 +217,7 @@ def test_a_limit_is_held_to_the_byte() -> None:
 def test_a_peak_that_is_reset_by_a_function_taken_before_is_found(device: Accelerator) -> None:
     if not device.is_simulated:
         pytest.skip("the counter of a real device is all there is")
-    reset = torch.sim.reset_peak_memory_stats  # type: ignore[attr-defined]
+    reset = torch.cuda.reset_peak_memory_stats
 
     def hides(self: Keeper, x: torch.Tensor) -> None:
         del self.kept
@@ -233,8 +233,8 @@ def test_memory_that_comes_and_goes_on_another_device_is_found_after_a_reset(dev
         pytest.skip("a machine may have one device only")
 
     def visits(self: Keeper, x: torch.Tensor) -> None:
-        torch.zeros(1024, device="sim:1")
-        torch.sim.reset_peak_memory_stats(1)  # type: ignore[attr-defined]
+        torch.zeros(1024, device="cuda:1")
+        torch.cuda.reset_peak_memory_stats(1)
 
     failed_with(judged(keeps(visits), None, contract=AMPLE), "4.00 KiB on another device of the same kind")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from pytest_diffopt import Call, Contract, Offloading, Quantization, Recipe, Verdict, check
 from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.accelerators.simulated import set_memory_limit
 
 from .conftest import WIDTH, Healthy, TwoPart, inputs
 
@@ -253,13 +254,9 @@ def test_a_memory_limit_is_held_with_and_without_offloading() -> None:
 def test_a_device_that_is_too_small_fails_the_recipe_with_the_devices_words(device: Accelerator) -> None:
     if not device.is_simulated:
         pytest.skip("a real device's memory cannot be made smaller")
-    sim: Any = torch.sim  # type: ignore[attr-defined]
-    taken = sim.memory_allocated()
-    sim.set_memory_limit(taken + WIDE_BYTES)
-    try:
+    with device.in_use():
+        set_memory_limit(torch.cuda.memory_allocated() + WIDE_BYTES)
         verdict = judged(two(), None, contract=Contract(max_memory="1GiB"))
-    finally:
-        sim.set_memory_limit(None)
     failed_with(verdict, "the recipe did not run: OutOfMemoryError: ", "out of memory")
 
 

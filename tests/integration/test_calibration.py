@@ -7,14 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import diffusers.models.attention_dispatch  # noqa: F401  its import sets a global that the snapshots compare
 import pytest
 import torch
 
 from pytest_diffopt import Offloading, Quantization, Recipe
-from pytest_diffopt.accelerators import Accelerator, select
+from pytest_diffopt.accelerators import Accelerator, select, simulated
 from pytest_diffopt.command_line.main import main
 from pytest_diffopt.errors import ForecastError
 from pytest_diffopt.forecasting.calibration import calibrate, forecast_apart, measure
@@ -40,11 +39,11 @@ def replica() -> str:
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
     found = select("sim")
-    sim: Any = torch.sim  # type: ignore[attr-defined]
-    before = sim.is_caching_allocator()
-    sim.set_caching_allocator(True)
-    yield found
-    sim.set_caching_allocator(before)
+    before = simulated.is_caching_allocator()
+    with found.in_use():
+        simulated.set_caching_allocator(True)
+        yield found
+    simulated.set_caching_allocator(before)
 
 
 @pytest.mark.parametrize(
@@ -89,15 +88,14 @@ def test_quantized_calls_are_measured_as_forecast_and_loading_has_the_kernels_of
 def test_a_run_that_ends_early_says_where_and_what_was_measured_until_then(
     replica: str, accelerator: Accelerator
 ) -> None:
-    sim: Any = torch.sim  # type: ignore[attr-defined]
     live = accelerator.live_bytes() or 0
-    sim.set_memory_limit(live + 27 * 2**20)
+    simulated.set_memory_limit(live + 27 * 2**20)
     try:
         measured = measure(PLAIN.replace(pipeline=replica, call={"sizes": SIZE, "calls": 1}), accelerator)
     finally:
-        sim.set_memory_limit(None)
+        simulated.set_memory_limit(None)
     told = re.fullmatch(
-        r"it stopped in the call of (\w+): OutOfMemoryError: sim out of memory\. Tried .*", measured.stopped
+        r"it stopped in the call of (\w+): OutOfMemoryError: CUDA out of memory\. Tried .*", measured.stopped
     )
     assert told is not None
     assert measured.stopped_by == f"OutOfMemoryError in the call of {told[1]}"
@@ -115,7 +113,7 @@ def test_the_command_prints_the_comparison_and_appends_a_row_for_each_recipe(
     arguments = [str(path), "--model", replica, "--device", "sim", "--size", "96x96", "--row", str(rows)]
     assert main(["calibrate", *arguments]) == 0
     out = " ".join(capsys.readouterr().out.split())  # lines end where the width says
-    assert "Simulated accelerator · kernels of ada · holes in place of weights" in out
+    assert "simulated NVIDIA GeForce RTX 4090 · kernels of ada · holes in place of weights" in out
     assert "plain: all 8 forecasts hold what was measured." in out
     earlier, row = map(json.loads, rows.read_text().splitlines())
     assert earlier == {"earlier": 1}

@@ -260,7 +260,7 @@ def host(folder: Path, address: str, models: Path) -> Iterator[str]:
     with open(folder / "log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=folder / "work", env=environment, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not (found := re.search(r"\('127\.0\.0\.1', (\d+)\)", (folder / "log").read_text(encoding="utf-8"))):
             assert time.monotonic() < until
             assert server.poll() is None
@@ -381,7 +381,7 @@ def pytest_runtest_teardown(item):
 def pytest_diffopt_verdict(verdict, observation):
     import torch
 
-    at = torch.sim.current_device(), torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    at = torch.cuda.current_device(), torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
     (Path(os.environ["KILLED"]) / f"{WORKER}.json").write_text(json.dumps(at))
 """
 

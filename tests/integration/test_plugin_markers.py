@@ -280,7 +280,7 @@ def test_max_memory_holds_the_peak_that_the_accelerator_really_had(
         @max_memory(3071)
         def test_a_reset_in_the_test_hides_nothing(weights, accelerator):
             torch.zeros(2048, dtype=torch.uint8, device=accelerator.device)
-            torch.sim.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
             torch.accelerator.reset_peak_memory_stats()
 
         @max_memory("1GiB")
@@ -377,16 +377,19 @@ def test_a_plain_requires_gpu_refuses_the_simulated_device_and_makes_none(
             assert False
 
         def test_none_was_made():
-            assert not hasattr(torch, "sim")
+            assert not torch.cuda.is_available()
 
         @requires_gpu(simulated=True)
         def test_simulated(accelerator):
             assert accelerator.is_simulated
             torch.zeros(3, device=accelerator.device)
+
+        def test_it_is_gone_again():
+            assert not torch.cuda.is_available()
         """
     )
     result = run_pytest("--diffopt-device=sim", "-rs")
-    assert result.parseoutcomes() == {"skipped": 1, "passed": 2}
+    assert result.parseoutcomes() == {"skipped": 1, "passed": 3}
     result.stdout.fnmatch_lines(["*a simulated one (simulated=True accepts it)"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS
 from pytest_diffopt.command_line.main import main
 from pytest_diffopt.errors import DiffoptError, ForecastError
 from pytest_diffopt.forecasting.advice import (
@@ -24,7 +25,6 @@ from pytest_diffopt.forecasting.advice import (
     cost_of,
     default_steps,
 )
-from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.record import Forecast, PhaseForecast
 from pytest_diffopt.recipe import Offloading, Quantization, Recipe
 from pytest_diffopt.recipe_loading import load_recipes, loads_recipes

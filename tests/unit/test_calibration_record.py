@@ -139,9 +139,12 @@ def test_an_anonymous_recipe_does_the_same() -> None:
     ("accelerator", "card"),
     [
         (Accelerator("cuda", "NVIDIA GeForce RTX 4090", 1, (8, 9)), "rtx-4090"),
-        (Accelerator("cuda", "NVIDIA A100-SXM4-80GB", 1, (8, 0)), "rtx-3060-12gb"),
-        (Accelerator("cuda", "NVIDIA H200", 1, (9, 0)), "h100-80gb"),
-        (Accelerator("cuda", "Tesla V100", 1, (7, 0)), None),
+        (Accelerator("cuda", "NVIDIA A100-SXM4-80GB", 1, (8, 0)), "a100-80gb"),
+        (Accelerator("cuda", "NVIDIA A40", 1, (8, 6)), "rtx-3060-12gb"),
+        (Accelerator("cuda", "NVIDIA H200", 1, (9, 0)), "h200"),
+        (Accelerator("cuda", "NVIDIA GH200 480GB", 1, (9, 0)), "h100-80gb"),
+        (Accelerator("cuda", "Tesla V100-DGXS-32GB", 1, (7, 0)), "v100-16gb"),
+        (Accelerator("cuda", "Tesla M40", 1, (5, 2)), None),
         (Accelerator("sim", "Simulated accelerator"), None),
     ],
 )

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS
 from pytest_diffopt.command_line import forecast as command
 from pytest_diffopt.command_line import whole_files
 from pytest_diffopt.command_line.main import main
 from pytest_diffopt.command_line.selection import Job
 from pytest_diffopt.command_line.whole_files import write_whole
 from pytest_diffopt.errors import PreparationError
-from pytest_diffopt.forecasting.cards import CARDS
 from pytest_diffopt.forecasting.record import Forecast
 from pytest_diffopt.recipe import Recipe
 from pytest_diffopt.replicas.catalogue import registry
@@ -433,16 +433,28 @@ def test_the_models_are_listed_with_where_their_configs_are_from(
     assert {line.split()[0] for line in lines} >= set(registry.full_sizes)
 
 
-def test_the_cards_are_listed_with_their_memory_and_where_it_was_seen(
+def test_the_cards_are_listed_with_what_they_have_and_where_their_memory_was_seen(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["cards"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (card,) = [line.split() for line in lines if line.startswith("rtx-5090 ")]
-    assert card == ["rtx-5090", "NVIDIA", "GeForce", "RTX", "5090", "32", "31.37", "Wan-Video/Wan2.1#465"]
+    title = ["NVIDIA", "GeForce", "RTX", "5090"]
+    assert card == ["rtx-5090", *title, "sm_120", "170", "1792", "32", "31.37", "Wan-Video/Wan2.1#465"]
     assert {line.split()[0] for line in lines if line} >= set(CARDS)
     assert "desktop up to 1 GiB" in " ".join(lines)
+    assert "8.9 is sm_89" in " ".join(lines)
+
+
+def test_a_cards_name_is_whole_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["cards"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line} >= set(CARDS)
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_common_sizes_are_those_of_known_cards() -> None:

@@ -111,7 +111,13 @@ def test_torch_copies_an_input_that_is_a_slice_of_a_wider_one() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "generation", "groups"),
-    [(torch.float32, "turing", 1), (torch.float64, "ada", 1), (HALF, "ada", 64)],
+    [
+        (torch.float32, "turing", 1),
+        (torch.float32, "volta", 1),
+        (torch.float16, "pascal", 1),
+        (torch.float64, "ada", 1),
+        (HALF, "ada", 64),
+    ],
 )
 def test_nothing_is_expected_of_a_convolution_without_tensor_cores_but_it_may_be(
     dtype: torch.dtype, generation: str, groups: int
@@ -143,11 +149,15 @@ def heads(width: int, length: int = 4608, *, count: int = 24, dtype: torch.dtype
         (130, torch.float32, "turing", False, "efficient"),
         (128, torch.float16, "turing", False, "efficient"),
         (128, HALF, "turing", False, "math"),
+        (130, torch.float16, "volta", False, "math"),
+        (130, torch.float16, "pascal", False, "efficient"),
+        (128, HALF, "pascal", False, "math"),
         (128, torch.float64, "ada", False, "math"),
         (128, HALF, "hopper", False, "cudnn"),
         (128, HALF, "hopper", True, "cudnn"),
         (256, HALF, "hopper", False, "flash"),
         (512, HALF, "hopper", False, "efficient"),
+        (128, HALF, "blackwell-datacenter", False, "cudnn"),
         (128, HALF, "blackwell", False, "flash"),
     ],
 )
@@ -236,5 +246,5 @@ def test_costs_on_a_generation_are_called_with_the_operators_own_arguments() -> 
     assert "aten::convolution" not in costs_on("ada", convolution_workspace="none")
     fused = costs_on("turing", attention="fused")["aten::_scaled_dot_product_flash_attention_for_cpu"]
     assert fused([one], one, one, one, 0.0, False, attn_mask=None, scale=0.5) == NOTHING
-    with pytest.raises(DiffoptError, match="No GPU generation is called 'volta'"):
-        costs_on("volta")
+    with pytest.raises(DiffoptError, match="No GPU generation is called 'kepler'"):
+        costs_on("kepler")

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pytest_diffopt.forecasting.cards import CARDS, Card
+from pytest_diffopt.accelerators.gpus import CARDS, Card
 from pytest_diffopt.forecasting.record import Fit, Forecast, LiveTensors
 from pytest_diffopt.report.forecasts import (
     ANY_CARD,
@@ -31,7 +31,7 @@ def row(recipe: str = "nf4", model: str = "flux.1-dev", **fields: object) -> Row
 
 
 def a_card(name: str, gib: float) -> Card:
-    return Card(name, name, "ada", 24 * GIB, int(gib * GIB), "owner/repository#1")
+    return dataclasses.replace(CARDS["rtx-4090"], name=name, title=name, total_bytes=int(gib * GIB))
 
 
 SIZES = [Target("12 GB", (a_card("a", 11.75),)), Target("24 GB", (a_card("b", 23.4),))]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_diffopt.accelerators.gpus import CARDS, Card
 from pytest_diffopt.errors import DiffoptError
-from pytest_diffopt.forecasting.cards import CARDS, Card
 from pytest_diffopt.forecasting.generations import GENERATIONS, generation
 from pytest_diffopt.forecasting.record import CONTEXT_BYTES
 
@@ -36,14 +36,23 @@ def test_a_card_is_of_its_makers_generation(name: str, of: str) -> None:
 
 
 def test_cublas_holds_eight_mebibytes_and_a_bit_and_thirty_two_from_hopper_on() -> None:
-    held = {name: one.cublas_workspace_bytes for name, one in GENERATIONS.items()}
     small = 8 * MIB + 128 * 1024
-    assert held == {"turing": small, "ampere": small, "ada": small, "hopper": 32 * MIB, "blackwell": 32 * MIB}
+    held = {name: one.cublas_workspace_bytes for name, one in GENERATIONS.items()}
+    assert {name for name, size in held.items() if size == small} == {"pascal", "volta", "turing", "ampere", "ada"}
+    assert {name for name, size in held.items() if size == 32 * MIB} == {"hopper", "blackwell-datacenter", "blackwell"}
 
 
-def test_flash_attention_begins_with_ampere_and_cudnn_comes_first_on_hopper_alone() -> None:
-    assert [name for name, one in GENERATIONS.items() if not one.has_flash_attention] == ["turing"]
-    assert [name for name, one in GENERATIONS.items() if one.prefers_cudnn_attention] == ["hopper"]
+def test_flash_attention_begins_with_ampere_and_cudnn_comes_first_on_hopper_and_blackwell_in_data_centers() -> None:
+    assert [name for name, one in GENERATIONS.items() if not one.has_flash_attention] == ["pascal", "volta", "turing"]
+    asked_first = [name for name, one in GENERATIONS.items() if one.prefers_cudnn_attention]
+    assert asked_first == ["hopper", "blackwell-datacenter"]
+
+
+@pytest.mark.parametrize("known", CARDS.values(), ids=lambda known: known.name)
+def test_a_card_can_do_what_its_generation_can(known: Card) -> None:
+    newest_first = sorted(GENERATIONS.values(), key=lambda one: one.capability, reverse=True)
+    nearest = next(one for one in newest_first if one.capability <= known.hardware.capability)
+    assert nearest.name == known.generation
 
 
 def test_what_cuda_takes_for_itself_covers_the_public_reports() -> None:
@@ -53,5 +62,6 @@ def test_what_cuda_takes_for_itself_covers_the_public_reports() -> None:
 
 def test_an_unknown_generation_is_refused_with_all_names() -> None:
     with pytest.raises(DiffoptError) as raised:
-        generation("volta")
-    assert str(raised.value) == "No GPU generation is called 'volta'. There are turing, ampere, ada, hopper, blackwell."
+        generation("kepler")
+    names = "pascal, volta, turing, ampere, ada, hopper, blackwell-datacenter, blackwell"
+    assert str(raised.value) == f"No GPU generation is called 'kepler'. There are {names}."

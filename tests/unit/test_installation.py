@@ -246,9 +246,7 @@ def test_a_model_of_another_class_than_the_recipes_pipeline_is_named_with_those_
 
 def test_an_unknown_card_is_named_with_the_nearest() -> None:
     (mistake,) = of_forecast(model="flux.1-dev", gpu="rtx-4091")
-    assert mistake.startswith(
-        "recipe.a.forecast.gpu: found 'rtx-4091'; Did you mean 'rtx-4090'? There are rtx-3060-12gb, "
-    )
+    assert mistake.startswith("recipe.a.forecast.gpu: found 'rtx-4091'; Did you mean 'rtx-4090'? There are gtx-1070, ")
 
 
 def test_assumptions_are_checked_by_those_who_know_them(monkeypatch: pytest.MonkeyPatch) -> None:

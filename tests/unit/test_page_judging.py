@@ -135,7 +135,7 @@ def test_an_owner_is_a_placeholder_by_whole_words(owner: str, is_placeholder: bo
             "simulated device cannot do it",
         ),
         (
-            raised("AttributeError", "module 'torch.sim' has no attribute 'jiterator'"),
+            raised("AttributeError", "module 'torch.cuda' has no attribute 'jiterator'"),
             "nothing like torch.cuda's jiterator",
         ),
         (

@@ -13,7 +13,7 @@ from pytest_diffopt.documentation import rewriting, small_calls
 from pytest_diffopt.documentation.small_calls import Shrunk, made_small
 
 
-def rewritten(source: str, device: str = "sim", **names: Any) -> dict[str, Any]:
+def rewritten(source: str, device: str = "xpu", **names: Any) -> dict[str, Any]:
     """What a block leaves in its namespace."""
     namespace: dict[str, Any] = {rewriting.NOTE_CAUGHT: lambda: None, **names}
     code = rewriting.compiled(source, page="page.md", line=1, device=device, folder="/folder")
@@ -24,11 +24,11 @@ def rewritten(source: str, device: str = "sim", **names: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
-        ('"cuda"', "sim"),
-        ('"cuda:1"', "sim:1"),
-        ('f"cuda:{1 + 1}"', "sim:2"),
-        ('{"": "cuda"}', {"": "sim"}),
-        ('["cuda", "cpu", "cuda:0"]', ["sim", "cpu", "sim:0"]),
+        ('"cuda"', "xpu"),
+        ('"cuda:1"', "xpu:1"),
+        ('f"cuda:{1 + 1}"', "xpu:2"),
+        ('{"": "cuda"}', {"": "xpu"}),
+        ('["cuda", "cpu", "cuda:0"]', ["xpu", "cpu", "xpu:0"]),
         ('"cuda is a device"', "cuda is a device"),
         ('"no_cuda"', "no_cuda"),
         ('f"on cuda:{1}"', "on cuda:1"),
@@ -48,18 +48,18 @@ def test_torch_cuda_becomes_the_module_of_the_device_in_use() -> None:
 def test_imports_of_torch_cuda_are_of_the_device_in_use() -> None:
     source = "import torch.cuda\nimport torch as th\nfrom torch.cuda.amp import autocast\nfrom torch import cuda\nx = th.cuda"
     tree = ast.parse(source)
-    rewriter = rewriting._Rewriter("sim", "/folder", rewriting._names_of_torch(tree))
+    rewriter = rewriting._Rewriter("xpu", "/folder", rewriting._names_of_torch(tree))
     assert ast.unparse(rewriter.visit(tree)).splitlines() == [
-        "import torch.sim",
+        "import torch.xpu",
         "import torch as th",
-        "from torch.sim.amp import autocast",
+        "from torch.xpu.amp import autocast",
         "from torch import sim as cuda",
         "x = th.sim",
     ]
 
 
 @pytest.mark.parametrize(
-    ("call", "given"), [("x.cuda()", ("sim",)), ("x.cuda(1)", ("sim:1",)), ('x.to("cuda")', ("sim",))]
+    ("call", "given"), [("x.cuda()", ("xpu",)), ("x.cuda(1)", ("xpu:1",)), ('x.to("cuda")', ("xpu",))]
 )
 def test_a_move_to_cuda_is_one_to_the_device_in_use(call: str, given: tuple[str, ...]) -> None:
     moved: list[tuple[str, ...]] = []
@@ -72,12 +72,12 @@ def test_nothing_is_rewritten_where_cuda_is_in_use() -> None:
 
 
 def test_tracebacks_and_syntax_errors_show_the_pages_own_lines() -> None:
-    code = rewriting.compiled("a = 1\n\n1 / 0\n", page="page.md", line=40, device="sim", folder="/folder")
+    code = rewriting.compiled("a = 1\n\n1 / 0\n", page="page.md", line=40, device="xpu", folder="/folder")
     with pytest.raises(ZeroDivisionError) as caught:
         exec(code, {})
     assert rewriting.line_in(caught.value, "page.md") == 42
     with pytest.raises(SyntaxError) as wrong:
-        rewriting.compiled("a = 1\nb = (\n", page="page.md", line=40, device="sim", folder="/folder")
+        rewriting.compiled("a = 1\nb = (\n", page="page.md", line=40, device="xpu", folder="/folder")
     assert (wrong.value.lineno, rewriting.line_in(wrong.value, "page.md")) == (41, 41)
 
 
@@ -102,7 +102,7 @@ def test_what_an_except_holds_back_is_told_with_its_line() -> None:
     )
     told: list[tuple[str, int]] = []
     note = rewriting.on_caught(lambda error, line: told.append((type(error).__name__, line)), "page.md")
-    exec(rewriting.compiled(source, page="page.md", line=11, device="sim", folder="/f"), {rewriting.NOTE_CAUGHT: note})
+    exec(rewriting.compiled(source, page="page.md", line=11, device="xpu", folder="/f"), {rewriting.NOTE_CAUGHT: note})
     assert told == [("NameError", 12), ("ZeroDivisionError", 17), ("ValueError", 19), ("KeyError", 23)]
 
 

@@ -9,6 +9,8 @@ Importing this changes nothing. What ``torch.cuda`` has no name for is here and 
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from pytest_diffopt.accelerators.simulated.dry import (
     dry,
     host_memory_stats,
@@ -21,6 +23,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
+    as_capability,
     is_caching_allocator,
     kernel_count,
     mark_memory_events,
@@ -62,4 +65,40 @@ OF_A_GPU = frozenset(
 )
 """What ``gpu`` has besides its own attributes, by name."""
 
-__all__ = ["OF_A_GPU", "MemoryEvent", "SimulatedGpu", "current", "simulated_cuda", *sorted(OF_A_GPU)]
+__all__ = [
+    "OF_A_GPU",
+    "MemoryEvent",
+    "SimulatedGpu",
+    "as_capability",
+    "current",
+    "dry",
+    "host_memory_stats",
+    "is_caching_allocator",
+    "is_dry",
+    "is_hollow",
+    "kernel_count",
+    "mark_memory_events",
+    "memory_blocks",
+    "record_memory_events",
+    "record_operations",
+    "recorded_memory_events",
+    "recorded_operations",
+    "register_cost",
+    "register_dry_kernel",
+    "replay_reserved_memory",
+    "reset_counts",
+    "reset_peak_host_memory_stats",
+    "set_caching_allocator",
+    "set_memory_limit",
+    "simulated_cuda",
+    "transfer_stats",
+]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ("adapt_libraries", "adapted_libraries"):
+        raise AttributeError(
+            f"{__name__}.{name} is gone, and so are torch.sim and torch.device('sim'): the simulated device is CUDA itself. "
+            f"Write 'with simulated_cuda(\"rtx-4090\") as gpu:' and torch.device('cuda')."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

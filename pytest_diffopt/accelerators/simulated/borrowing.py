@@ -75,7 +75,11 @@ def _borrow_torch_cuda(properties: DeviceProperties, borrowed: contextlib.ExitSt
         set_for_a_while(cuda.streams, name, classes[name], borrowed)
     for name in ("CUDAGraph", "_CUDAGraph", "_graph_pool_handle", "_cuda_isCurrentStreamCapturing"):
         set_for_a_while(cuda.graphs, name, classes.get(name, c.get(name)), borrowed)
-    for name in ("_cuda_CUDAAllocator", "_MemPool", *(one for one in c if one.startswith(("_cuda_begin", "_cuda_end")))):
+    for name in (
+        "_cuda_CUDAAllocator",
+        "_MemPool",
+        *(one for one in c if one.startswith(("_cuda_begin", "_cuda_end"))),
+    ):
         if name in vars(cuda.memory):
             set_for_a_while(cuda.memory, name, c[name], borrowed)
     set_for_a_while(cuda.memory, "_cuda_releasePool", c["_cuda_releasePool"], borrowed)
@@ -110,7 +114,8 @@ def _classes() -> dict[str, Any]:
 def _run_again(name: str) -> types.ModuleType:
     """A second module of that source; the one that everybody imported stays what it is."""
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -154,7 +159,7 @@ def _borrow_storages(borrowed: contextlib.ExitStack) -> None:
 
     set_for_a_while(storage, "__new__", __new__, borrowed)
     set_for_a_while(storage, "resize_", resize_, borrowed)
-    set_for_a_while(torch._C._dynamo.guards, "_empty_strided_cuda", boundary.empty_strided, borrowed)  # type: ignore[attr-defined]
+    set_for_a_while(torch._C._dynamo.guards, "_empty_strided_cuda", boundary.empty_strided, borrowed)
 
 
 # ----------------------------------------------------------------------------------------- who bound a name of torch

@@ -215,7 +215,7 @@ class EventBase(torch.Event):
         return float(self._event.elapsed_time(getattr(end_event, "_event", end_event)))
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return self._event.device
 
     @property

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from pytest_diffopt.accelerators.gpus import card
 from pytest_diffopt.accelerators.simulated.boundary import DeviceProperties
 
 
 def properties_of(name: str, memory_bytes: int | None = None) -> DeviceProperties:
-    return DeviceProperties(name="NVIDIA GeForce RTX 4090", major=8, minor=9, total_memory=memory_bytes or 25153765376, multi_processor_count=128, L2_cache_size=72<<20, shared_memory_per_block=49152, shared_memory_per_block_optin=101376, shared_memory_per_multiprocessor=102400, regs_per_multiprocessor=65536, max_threads_per_multi_processor=1536, clock_rate=2520000, memory_clock_rate=10501000, memory_bus_width=384)
+    """What ``torch.cuda.get_device_properties`` returns on a card.
+
+    Args:
+        name: of the card, as :func:`pytest_diffopt.accelerators.gpus.card` takes it.
+        memory_bytes: another size of its memory; None for its own.
+
+    Raises:
+        DiffoptError: no card has that name.
+    """
+    found = card(name)
+    hardware, limits = found.hardware, found.limits
+    return DeviceProperties(
+        name=found.cuda_name,
+        major=limits.major,
+        minor=limits.minor,
+        total_memory=found.total_bytes if memory_bytes is None else memory_bytes,
+        multi_processor_count=hardware.multiprocessors,
+        L2_cache_size=hardware.l2_bytes,
+        shared_memory_per_block=limits.shared_memory_per_block_bytes,
+        shared_memory_per_block_optin=limits.shared_memory_per_block_optin_bytes,
+        shared_memory_per_multiprocessor=limits.shared_memory_per_multiprocessor_bytes,
+        regs_per_multiprocessor=limits.registers_per_multiprocessor,
+        max_threads_per_multi_processor=limits.threads_per_multiprocessor,
+        max_threads_per_block=limits.threads_per_block,
+        warp_size=limits.warp_size,
+        clock_rate=hardware.clock_mhz * 1000,
+        memory_clock_rate=hardware.memory_clock_mhz * 1000,
+        memory_bus_width=hardware.bus_bits,
+    )

@@ -13,7 +13,7 @@ import torch
 from pytest_diffopt.accelerators.simulated.boundary import DeviceProperties
 from pytest_diffopt.accelerators.simulated.build import ensure_library
 from pytest_diffopt.byte_sizes import parse_bytes
-from pytest_diffopt.errors import DiffoptError, UnverifiableError
+from pytest_diffopt.errors import UnverifiableError
 
 MOST_DEVICES = 16
 
@@ -78,7 +78,9 @@ class simulated_cuda:
 
         if not isinstance(devices, int) or isinstance(devices, bool) or not 1 <= devices <= MOST_DEVICES:
             raise ValueError(f"devices: found {devices!r}; it takes 1 to {MOST_DEVICES}")
-        self._gpu = SimulatedGpu(gpu, properties_of(gpu, _memory_of(memory)), devices)
+        self._gpu = SimulatedGpu(
+            gpu, properties_of(gpu, None if memory is None else parse_bytes(memory, "memory")), devices
+        )
         self._borrowed: contextlib.ExitStack | None = None
 
     def __enter__(self) -> SimulatedGpu:
@@ -138,15 +140,6 @@ def _check_real_gpu() -> None:
             "A real GPU was used in this process, and CUDA cannot be simulated beside it. Enter simulated_cuda in a process "
             "in which nothing has run on the GPU."
         )
-
-
-def _memory_of(memory: int | str | None) -> int | None:
-    if memory is None:
-        return None
-    found = memory if isinstance(memory, int) and not isinstance(memory, bool) else parse_bytes(memory)
-    if found <= 0:
-        raise ValueError(f"memory: found {memory!r}; it takes more than 0 bytes, as a number or as '12GiB'")
-    return found
 
 
 _loaded = False

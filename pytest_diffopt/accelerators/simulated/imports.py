@@ -54,11 +54,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
         run = loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
-            if self not in sys.meta_path:
-                return run(module)
-            with self.around.get(fullname, contextlib.nullcontext)():
+            active = self in sys.meta_path
+            with self.around.get(fullname, contextlib.nullcontext)() if active else contextlib.nullcontext():
                 run(module)
-            if fullname in self.actions:
+            if active and fullname in self.actions:
                 self.actions[fullname](module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]

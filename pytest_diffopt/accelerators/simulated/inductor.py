@@ -117,7 +117,5 @@ def _keep(table: dict[Any, Any], borrowed: contextlib.ExitStack) -> None:
     borrowed.callback(give_back)
 
 
-ACTIONS: dict[str, Callable[[types.ModuleType, contextlib.ExitStack], None]] = {
-    "torch._inductor.compile_fx": _use_cpp
-}
+ACTIONS: dict[str, Callable[[types.ModuleType, contextlib.ExitStack], None]] = {"torch._inductor.compile_fx": _use_cpp}
 """What is done to a module, by its name; it is given back when the stack is closed."""

@@ -6,7 +6,6 @@ Their code runs as it stands. Nothing is imported for it; a library that is impo
 from __future__ import annotations
 
 import contextlib
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,13 +15,15 @@ import torch
 Action = Callable[[types.ModuleType, contextlib.ExitStack], None]
 
 
-def _forgetting(*functions: str) -> Action:
-    """The functions keep their first answer (``functools.cache``): asked before the GPU was there, it is wrong inside."""
+def _forgetting(*paths: str) -> Action:
+    """Functions that keep their first answer (``functools.cache``): asked before the GPU was there, it is wrong inside."""
 
     def forget(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
-        for name in functions:
-            clear = getattr(getattr(module, name, None), "cache_clear", None)
-            if clear is not None:
+        for path in paths:
+            found: Any = module
+            for step in path.split("."):
+                found = getattr(found, step, None)
+            if (clear := getattr(found, "cache_clear", None)) is not None:
                 clear()
                 borrowed.callback(clear)
 
@@ -43,11 +44,12 @@ def _forget_shared_state(state: Any, borrowed: contextlib.ExitStack) -> None:
             shared.clear()
 
 
-def exchange_everywhere(name: str, old: Any, new: Any) -> None:
-    """Whoever imported ``old`` by its name holds ``new`` instead, and whoever is imported from now on will."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is old:
-            setattr(module, name, new)
+def _know_the_device_map(pipeline_utils: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
+    """``DiffusionPipeline.from_pretrained(device_map="cuda")``: its list was made when the module was imported."""
+    names = getattr(pipeline_utils, "SUPPORTED_DEVICE_MAP", None)
+    if isinstance(names, list) and "cuda" not in names:
+        names.append("cuda")
+        borrowed.callback(names.remove, "cuda")
 
 
 @contextlib.contextmanager
@@ -63,10 +65,34 @@ def _with_no_gpu() -> Iterator[None]:
 AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     # with a GPU it loads its CUDA library, which needs the driver; its kernels of other kinds run on the key as well
     "bitsandbytes": _with_no_gpu,
+    # with one it has kernels in CUDA C++, which nothing here compiles
+    "optimum.quanto.library.extensions": _with_no_gpu,
 }
 """In which context a module is imported, by its name."""
 
 ACTIONS: dict[str, Action] = {
     "accelerate.state": _forget_shared_state,
+    "accelerate.utils.environment": _forgetting("check_cuda_fp8_capability"),
+    "diffusers.pipelines.pipeline_utils": _know_the_device_map,
+    "diffusers.utils.torch_utils": _forgetting("TorchDeviceBackend._detect_device_type", "get_device"),
+    "torch._dynamo.variables.user_defined": _forgetting("UserDefinedClassVariable._in_graph_classes"),
+    "torch._inductor.utils": _forgetting(
+        "get_gpu_type",
+        "is_big_gpu",
+        "get_max_num_sms",
+        "using_b200",
+        "get_device_tflops",
+        "_triton_supported_fp8_dtypes",
+    ),
+    "torch.utils._triton": _forgetting(
+        "has_triton", "has_triton_tma_device", "has_datacenter_blackwell_tma_device", "has_triton_stable_tma_api"
+    ),
+    "torchao.ops": _forgetting("cached_compute_capability"),
+    "transformers.utils": _forgetting("get_available_devices"),
+    "transformers.utils.import_utils": _forgetting(
+        *("is_torch_cuda_available", "is_torch_accelerator_available", "is_cuda_platform", "get_cuda_runtime_version"),
+        *("is_torch_bf16_gpu_available", "is_torch_bf16_available_on_device", "is_torch_tf32_available"),
+        *("is_flash_attn_2_available", "is_flash_attn_3_available", "is_flash_attn_4_available"),
+    ),
 }
 """What is done to a module, by its name; it is given back when the stack is closed."""

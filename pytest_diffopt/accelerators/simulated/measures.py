@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,17 @@ def set_memory_limit(limit_bytes: int | None, device: Device = None) -> None:
     if limit_bytes is not None and limit_bytes < 0:
         raise ValueError(f"limit_bytes: found {limit_bytes}; it takes bytes, or None for the default")
     _ops.set_capacity(_index(device), -1 if limit_bytes is None else int(limit_bytes))
+
+
+@contextlib.contextmanager
+def as_capability(capability: tuple[int, int]) -> Iterator[None]:
+    """torch chooses attention's kernel as on a GPU of another compute capability, whichever one is simulated."""
+    before = int(_ops.capability())
+    _ops.set_capability(capability[0] * 10 + capability[1])
+    try:
+        yield
+    finally:
+        _ops.set_capability(before)
 
 
 def set_caching_allocator(enabled: bool) -> None:
@@ -138,5 +151,3 @@ def replay_reserved_memory(workspaces: str = "expected", device: Device = None) 
 def memory_blocks(tensors: list[torch.Tensor]) -> list[int]:
     """The number of each tensor's block, on the host as well; 0 for a tensor without memory."""
     return list(_ops.block_numbers(tensors))
-
-

@@ -206,6 +206,7 @@ at::Generator host_generator(const at::Generator& generator) {
 }
 
 int capability() { return g_capability; }
+void set_capability(int64_t capability) { g_capability = static_cast<int>(capability); }
 
 // ------------------------------------------------------------------------------------------- borrowed and given back
 

@@ -27,6 +27,7 @@ at::Generator host_generator(const at::Generator& generator);
 
 // Of the GPU that is simulated: 89 is sm_89.
 int capability();
+void set_capability(int64_t capability);
 
 // From activate to deactivate the device is there: hooks, guard and allocators of torch's key CUDA are ours.
 bool active();

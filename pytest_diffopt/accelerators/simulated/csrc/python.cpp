@@ -18,6 +18,8 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("device_count", []() -> int64_t { return device_count(); });
   m.def("activate", [](int64_t devices, int64_t capability) { activate(devices, capability); });
   m.def("deactivate", []() { deactivate(); });
+  m.def("capability", []() -> int64_t { return capability(); });
+  m.def("set_capability", [](int64_t capability) { set_capability(capability); });
   m.def("active", []() -> bool { return active(); });
   m.def("current_device", []() -> int64_t { return current_device(); });
   m.def("set_device", [](int64_t device) { set_current_device(device); });
