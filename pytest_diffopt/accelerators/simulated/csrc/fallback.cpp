@@ -156,7 +156,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   // torch comes here for the generator's sake alone
   TORCH_CHECK(
       !has_generator || !host_tensor || aliases.index >= 0,
-      "Expected a 'cpu' device type for generator but found 'sim'");
+      "Expected a 'cpu' device type for generator but found 'cuda'");
   if (aliases.index < 0) aliases.index = current_device();
   if (!shaping()) count_kernel(aliases.index);
   if (ledger_open()) credit_operation(aliases.blocks());
