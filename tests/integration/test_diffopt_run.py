@@ -119,6 +119,9 @@ def test_what_it_took_is_said_and_written(pytester: pytest.Pytester) -> None:
     assert [device["peak_allocated_bytes"] for device in data["devices"]] == [300 * MIB, 20 * MIB]
     assert [device["out_of_memory"] for device in data["devices"]] == [0, 1]
     assert data["out_of_memory"] is None
+    syncs = [(sync["operation"], sync["count"], sync["place"]) for sync in data["syncs"]]
+    assert ("aten::copy_ to the host", 1, f"{script}:16, in <module>") in syncs
+    assert f"  host syncs: {sum(count for _, count, _ in syncs)}" in found.errlines
 
 
 def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> None:
