@@ -38,6 +38,7 @@ from pytest_diffopt.forecasting.peaks import (
 from pytest_diffopt.forecasting.record import Estimate, Forecast
 from pytest_diffopt.libraries import LIBRARIES, found_in, import_libraries, quietly, versions
 from pytest_diffopt.observation.failures import failure_of
+from pytest_diffopt.observation.memory import somebody_froze
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
 from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
@@ -263,6 +264,7 @@ class _Run:
         ] = {}  # component → runs in the call, (h2d, d2h) bytes of the last
         self._names: dict[int, tuple[str, str]] = {}
         self._workspace: torch.Tensor | None = None
+        self._freezes = False
 
     def everything(self) -> None:
         """Load, place, call. Raises ForecastError where the recipe's own code stops."""
@@ -276,11 +278,11 @@ class _Run:
             )
             recipe = self.recipe.replace(pipeline=str(checkpoint))
             with (
+                self._frozen(),
                 self.accelerator.in_use(),
                 simulated.as_capability(self.on.capability),
                 self._settings(),
                 kept_tables.made_anew(),
-                self._frozen(),
                 self._dry() as dry,
             ):
                 guessed = dry.guesses  # of one that was open before
@@ -455,7 +457,6 @@ class _Run:
         index = self.accelerator.device.index
         ops = torch.ops.pytest_diffopt_sim
         capacity, allowed, caching = ops.capacity(index), ops.allowed(index), simulated.is_caching_allocator()
-        gc.collect()
         self.accelerator.empty_cache()
         others = self.accelerator.live_bytes() or 0
         simulated.set_memory_limit(_ROOM_BYTES)
@@ -468,6 +469,7 @@ class _Run:
         finally:
             gc.collect()
             if (self.accelerator.live_bytes() or 0) > others:
+                self._thaw()  # the tables of what was imported before
                 kept_tables.forget(self.accelerator.device_type)
                 gc.collect()
             self.accelerator.empty_cache()
@@ -488,15 +490,19 @@ class _Run:
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Half a million objects of the libraries need not be looked at whenever garbage is."""
-        freezes = not gc.get_freeze_count()
-        if freezes:
+        """Half a million objects of the libraries need not be looked at whenever garbage is; what is garbage now goes."""
+        gc.collect()
+        self._freezes = not somebody_froze()
+        if self._freezes:
             gc.freeze()
         try:
             yield
         finally:
-            if freezes:
-                gc.unfreeze()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        if self._freezes:
+            gc.unfreeze()
 
     # what was found
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_diffopt.observation.observation import Layer, OtherParameters
 from pytest_diffopt.preparation.linear_layers import backend_of, is_linear_like, is_quantized_class
 from pytest_diffopt.quantization_backends import BACKENDS
-from pytest_diffopt.quantization_backends.backend import UNQUANTIZED, Stored, bytes_of, parts_of
+from pytest_diffopt.quantization_backends.backend import UNQUANTIZED, Backend, Stored, bytes_of, parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +37,23 @@ def weight_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     in the layer's ``state``.
     """
     libraries = list({backend.library: backend for backend in BACKENDS.values()}.values())
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        for inner, part in parts_of(tensor):
-            yield f"{name}.{inner}" if inner else name, part
-        for backend in libraries:
-            yield from backend.beside(name, tensor)
-    for path, layer in module.named_modules():
-        for backend in libraries:
+    keep_beside = [backend for backend in libraries if type(backend).beside is not Backend.beside]
+    keep_in_layers = [backend for backend in libraries if type(backend).of_layer is not Backend.of_layer]
+    modules = list(module.named_modules())  # once: this is looked at after every part of a call
+    held = [(path, getattr(inner, kind)) for kind in ("_parameters", "_buffers") for path, inner in modules]
+    seen: set[int] = set()
+    for path, tensors in held:
+        for key, tensor in tensors.items():
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            name = f"{path}.{key}" if path else key
+            for inner, part in parts_of(tensor):
+                yield f"{name}.{inner}" if inner else name, part
+            for backend in keep_beside:
+                yield from backend.beside(name, tensor)
+    for path, layer in modules:
+        for backend in keep_in_layers:
             if backend.is_layer(layer):
                 yield from backend.of_layer(path, layer)
 

@@ -31,6 +31,21 @@ LITTLE_BYTES = 4096
 """After the first call nearly every pipeline keeps so much, a scheduler's steps: no reason for more calls."""
 
 
+_mark: list[object] = []
+"""Not empty, and frozen, once something was found to be frozen."""
+
+
+def somebody_froze() -> bool:
+    """Whether something is frozen for the garbage collector. To count it takes 50 ms where the libraries are, so whether
+    that is still so is told by one object, which is found among those that refer to another only if it is not frozen."""
+    if _mark and not any(found is _mark for found in gc.get_referrers(_mark[0])):
+        return True
+    _mark.clear()
+    if gc.get_freeze_count():
+        _mark.append(object())
+    return bool(_mark)
+
+
 class MemoryWatch:
     """Reads the accelerator's counters. On a device without counters nothing is written down."""
 
@@ -58,10 +73,12 @@ class MemoryWatch:
         live = self.accelerator.live_bytes()
         if live:
             self._settled()  # what earlier runs left in cycles is not this one's
-        if live is not None and not gc.get_freeze_count():
-            # half a million objects of the libraries need not be looked at after every call
+        if live is not None:
+            # what lives by now, half a million objects of the libraries too, need not be looked at after every call
+            self._frozen = not somebody_froze()
+            if not self._frozen and not live:
+                gc.collect()  # what is frozen now stays so, as what somebody else froze
             gc.freeze()
-            self._frozen = True
         self._before = self.accelerator.live_bytes()
         self._peak.__enter__()
         self._elsewhere_before = self._peak.elsewhere_bytes() or 0

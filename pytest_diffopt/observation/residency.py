@@ -308,7 +308,8 @@ def owners_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> dict[
         marked = max(marked, upto)
 
     for index, event in enumerate(events):
-        look(event.mark + 1)
+        if event.mark >= marked:
+            look(event.mark + 1)
         if event.bytes > 0:
             component = marks[event.mark].component
             owners[index] = Owner(component, "working") if component else Owner("", "other")

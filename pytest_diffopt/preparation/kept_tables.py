@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,10 +32,15 @@ def made_anew() -> Iterator[None]:
         yield
 
 
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Caches of functions. Once they are frozen for the garbage collector, nobody else can list them."""
+
+
 def forget(kind: str) -> None:
     """Clear every ``functools.lru_cache`` that holds a tensor on a device of that kind, as models keep their positions."""
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper and any(_on(kind, held) for held in gc.get_referents(found)):
+    _seen.update([found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper])
+    for found in list(_seen):
+        if any(_on(kind, held) for held in gc.get_referents(found)):
             found.cache_clear()
 
 

@@ -16,7 +16,7 @@ from tests.warm_python import INTERPRETER
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = ("tox -qqm recipes", "tox -qqm tests")
+COMMANDS = ("tox -qqm recipes", "tox -qq run-parallel -op 2 -m tests")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

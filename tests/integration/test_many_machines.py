@@ -260,7 +260,7 @@ def host(folder: Path, address: str, models: Path) -> Iterator[str]:
     with open(folder / "log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=folder / "work", env=environment, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not (found := re.search(r"\('127\.0\.0\.1', (\d+)\)", (folder / "log").read_text(encoding="utf-8"))):
             assert time.monotonic() < until
             assert server.poll() is None

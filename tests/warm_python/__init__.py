@@ -3,7 +3,7 @@
 Half of what a test costs that starts pytest in a process is the import of torch, diffusers and transformers. `launcher.py`
 takes the interpreter's place in ``sys.executable``: it asks a `server.py`, which imported them once, to fork, and stays
 in front of the forked process: signals and the exit status pass through it. Anything but a run of pytest, of this package's
-command, of a worker of pytest-xdist or of the server of pages goes to the interpreter itself.
+command, of a worker of pytest-xdist, of execnet's server or of the server of pages goes to the interpreter itself.
 """
 
 from __future__ import annotations

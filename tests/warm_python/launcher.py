@@ -1,7 +1,7 @@
 """In the interpreter's place: has a server fork the process that was asked for, and stands in front of it.
 
 ``launcher.py INTERPRETER FOLDER OWNER ARGUMENTS…``. The first process with new settings of the libraries is the interpreter's
-own; a second one with the same settings is worth a server.
+own; a second one with the same settings is worth a server, and so is a run on workers, which are as many processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _READ_AT_IMPORT = (
     "BNB_",
     "PYTHON",
 )
-_READ_LATER = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+_READ_LATER = {"TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
 
 
 def is_worth_it(arguments: list[str]) -> bool:
@@ -53,8 +53,14 @@ def is_worth_it(arguments: list[str]) -> bool:
     if given[:1] in (["-mpytest"], ["-mpytest_diffopt"]) or os.path.basename((given or [""])[0]) == "pytest":
         return True
     if given[:1] == ["-m"]:
-        return given[1:2] in (["pytest"], ["pytest_diffopt"])
+        return given[1:2] in (["pytest"], ["pytest_diffopt"], ["execnet.script.socketserver"])
     return given[:1] == ["-c"] and given[1] in (_WORKER, _PAGES)
+
+
+def has_workers(arguments: list[str]) -> bool:
+    """Whether these are a run of pytest's that starts processes with its own settings."""
+    number = arguments.index("-n") + 1 if "-n" in arguments[:-1] else 0
+    return "--tx" in arguments or (number > 0 and arguments[number] != "0")
 
 
 def settings_of(environment: dict[str, str]) -> dict[str, str]:
@@ -66,14 +72,14 @@ def settings_of(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
-def server_of(interpreter: str, folder: str, owner: str) -> socket.socket | None:
-    """A connection to the server for this process's settings; None where there is none yet."""
+def server_of(interpreter: str, folder: str, owner: str, *, at_once: bool) -> socket.socket | None:
+    """A connection to the server for this process's settings; None where there is none yet and none is wanted at once."""
     place = f"{folder}/{zlib.crc32(json.dumps(settings_of(dict(os.environ))).encode()):08x}"
     with open(f"{place}.lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(f"{place}.socket"):
             lock.seek(0)
-            if not lock.read():
+            if not at_once and not lock.read():
                 lock.write("once")
                 return None
             program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
@@ -102,7 +108,7 @@ def server_of(interpreter: str, folder: str, owner: str) -> socket.socket | None
 def main() -> None:
     interpreter, folder, owner, *arguments = sys.argv[1:]
     asked = is_worth_it(arguments) and os.path.isdir(folder)
-    connection = server_of(interpreter, folder, owner) if asked else None
+    connection = server_of(interpreter, folder, owner, at_once=has_workers(arguments)) if asked else None
     if connection is None:
         os.execv(interpreter, [interpreter, *arguments])
     order = {

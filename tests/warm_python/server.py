@@ -120,6 +120,8 @@ class Server:
             os.environ.update(order["environment"])
             os.chdir(order["folder"])
             tempfile.tempdir = None  # that of the environment which the server started with
+            cache_dir_utils = sys.modules["torch._inductor.runtime.cache_dir_utils"]
+            cache_dir_utils.cache_dir()  # sets a variable where it is not set, as torch does when it is imported
             status = run(order["arguments"], self.base)
         except BaseException:
             traceback.print_exc()

@@ -9,7 +9,9 @@ Importing this changes nothing. What ``torch.cuda`` has no name for is here and 
 
 from __future__ import annotations
 
-from pytest_diffopt.accelerators.simulated.dry import (
+from typing import NoReturn
+
+from pytest_diffopt.accelerators.simulated.dry_runs import (
     dry,
     host_memory_stats,
     is_dry,
@@ -100,3 +102,12 @@ __all__ = [
     "syncs",
     "transfer_stats",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ("adapt_libraries", "adapted_libraries"):
+        raise AttributeError(
+            f"{__name__}.{name} is gone, and so are torch.sim and torch.device('sim'): the simulated device is CUDA itself. "
+            f"Write 'with simulated_cuda(\"rtx-4090\") as gpu:' and torch.device('cuda')."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
