@@ -172,7 +172,7 @@ class Meter:
         self._peaks: list[Counter[str]] = [Counter() for _ in range(gpu.devices)]
         self._sums: list[Counter[str]] = [Counter() for _ in range(gpu.devices)]
         self.out_of_memory: OutOfMemory | None = None
-        gpu.record_memory_events()
+        gpu.record_memory_events(only_live=True)
         self._syncs = SyncRecording()  # of its own: the program may make one
         self._syncs.start()
         self._watch_resets(borrowed)
@@ -264,7 +264,7 @@ def owners(gpu: SimulatedGpu, device: int) -> Iterator[Owner]:
     """Whose memory is on a GPU now, the most first: weights of modules that are alive, else what an operation made."""
     live: dict[int, tuple[int, str]] = {}
     for event in gpu.recorded_memory_events(device):
-        if event.bytes > 0:
+        if event.bytes > 0 and not (event.low or event.high):  # a workspace is given back at once
             live[event.block] = event.bytes, event.operation
         elif event.bytes < 0:
             live.pop(event.block, None)

@@ -130,6 +130,7 @@ def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> N
         "program.py",
         """
         import torch
+        from pytest_diffopt.accelerators import simulated
 
         class Denoiser(torch.nn.Sequential):
             pass
@@ -137,6 +138,9 @@ def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> N
         def denoise():
             model = Denoiser(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 1024)).to("cuda")
             x = torch.ones(1024, 1024, device="cuda")
+            for _ in range(50_000):  # what comes and goes is forgotten
+                torch.empty(1, device="cuda")
+            assert len(simulated.recorded_memory_events()) < 80_000
             kept = []
             while True:
                 kept.append(model(x))
