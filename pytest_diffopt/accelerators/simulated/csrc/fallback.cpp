@@ -11,6 +11,7 @@
 
 #include "aliasing.h"
 #include "dry.h"
+#include "half.h"
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
@@ -180,7 +181,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     } else if (is_dry) {
       run_meta_kernel(op, stack);
     } else {
-      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+      run_host_kernel(op, stack);
     }
   }
   draws.reset();

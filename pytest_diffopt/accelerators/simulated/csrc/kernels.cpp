@@ -22,6 +22,7 @@
 
 #include "aliasing.h"
 #include "dry.h"
+#include "half.h"
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
@@ -275,8 +276,11 @@ Tensor run_convolution(
   std::optional<Tensor> host_bias;
   const Tensor host_input = aliases.host(input), host_weight = aliases.host(weight);
   if (bias.has_value() && bias->defined()) host_bias = aliases.host(*bias);
-  const Tensor result = at::convolution(
-      host_input, host_weight, host_bias, stride, padding, dilation, transposed, output_padding, groups);
+  const Widening half({host_input, host_weight, host_bias.value_or(Tensor())});
+  if (host_bias.has_value()) host_bias = half.wide(*host_bias);
+  const Tensor result = half.rounded(at::convolution(
+      half.wide(host_input), half.wide(host_weight), host_bias, stride, padding, dilation, transposed, output_padding,
+      groups));
   const Layout layout(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   const Tensor returned = aliases.device(layout.of(result));
   if (dry())
@@ -305,13 +309,15 @@ std::tuple<Tensor, Tensor, Tensor> run_convolution_backward(
   count_kernel(input.device().index());
   KernelScope kernel;
   const Tensor host_grad = aliases.host(grad), host_input = aliases.host(input), host_weight = aliases.host(weight);
+  const Widening half({host_grad, host_input, host_weight});
   auto [by_input, by_weight, by_bias] = at::convolution_backward(
-      host_grad, host_input, host_weight, bias_sizes, stride, padding, dilation, transposed,
-      output_padding, groups, wanted);
+      half.wide(host_grad), half.wide(host_input), half.wide(host_weight), bias_sizes, stride, padding, dilation,
+      transposed, output_padding, groups, wanted);
   const Layout layout(
       input, weight, std::nullopt, stride, padding, dilation, transposed, output_padding, groups, bias_sizes);
   return {
-      aliases.device(layout.of(by_input)), aliases.device(layout.of(by_weight)), aliases.device(by_bias)};
+      aliases.device(layout.of(half.rounded(by_input))), aliases.device(layout.of(half.rounded(by_weight))),
+      aliases.device(half.rounded(by_bias))};
 }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
