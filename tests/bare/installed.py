@@ -111,6 +111,14 @@ def test_torch_loads_the_simulated_gpu_that_the_environment_names(
     assert ran.stdout == "NVIDIA GeForce RTX 4090\n", ran.stderr
 
 
+def test_pytest_does_not_warn_that_torch_imported_the_package_before_it(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    ran = run(
+        tmp_path, "-c", "import torch, pytest; raise SystemExit(pytest.main(['-W', 'error', '-p', 'no:cacheprovider']))"
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_recipes_of_the_documentation_and_of_the_suite_are_collected_or_name_the_extra_they_need(
     tmp_path: Path,
 ) -> None:

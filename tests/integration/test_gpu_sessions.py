@@ -191,7 +191,6 @@ def test_it_is_given_back_after_the_session_and_after_a_usage_error(
         import torch
 
         plugin = {list(plugin_arguments)!r}
-        # torch imported our package: pytest says of no module of it that it came too early
         assert pytest.main([*plugin, "-W", "error", "--diffopt-gpu=rtx-4090", "test_it.py"]) == 0
         assert pytest.main([*plugin, "--diffopt-gpu=rtx-4090", "--no-such-option"]) == 4
         assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
