@@ -77,7 +77,7 @@ TORCH_LIBRARY(pytest_diffopt_sim, m) {
   m.def("use_workspace", [](int64_t device, int64_t low, int64_t expected, int64_t high) {
     use_workspace(resolve_device(device), {low, expected, high});
   });
-  m.def("open_ledger", [](bool open) { open_ledger(open); });
+  m.def("open_ledger", [](bool open, bool only_live) { open_ledger(open, only_live); });
   m.def("replay_reserved", [](int64_t device, int64_t workspaces) -> int64_t {
     return replay_reserved(resolve_device(device), static_cast<int>(workspaces));
   });
