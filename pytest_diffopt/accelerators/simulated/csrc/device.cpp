@@ -12,6 +12,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "dry.h"
@@ -28,6 +29,7 @@ std::atomic<bool> g_active{false};
 std::atomic<int> g_device_count{1};
 std::atomic<int> g_capability{80};
 thread_local int t_device = 0;
+std::atomic<size_t> g_threads_begun{0};  // that have been given a device once
 thread_local int64_t t_streams[kMaxDevices] = {0};
 std::atomic<int64_t> g_next_stream{1};
 
@@ -76,6 +78,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   Device getDevice() const override { return sim_device(t_device); }
   void setDevice(Device device) const override {
+    static thread_local const bool counted [[maybe_unused]] = (g_threads_begun++, true);
     if (device.has_index()) t_device = device.index();  // each thread of the autograd engine, whether its GPU is there or not
   }
   void uncheckedSetDevice(Device device) const noexcept override {
@@ -228,6 +231,15 @@ struct Engine : torch::autograd::Engine {
     const bool has_threads = !(engine.*&Engine::device_ready_queues_).empty();
     if (ran && !has_threads) (engine.*&Engine::start_device_threads)();
   }
+
+  // A thread of its that still waits for Python's lock when Python ends brings the process down. They have had it when they
+  // are given their device.
+  static void wait_for_device_threads() {
+    auto& engine = torch::autograd::Engine::get_default_engine();
+    const size_t threads = (engine.*&Engine::device_ready_queues_).size();
+    for (int tries = 0; g_threads_begun < threads && tries < 1000; tries++)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 };
 
 // torch made its hooks before this library was loaded, as one object without members: it takes our functions for a while.
@@ -256,6 +268,12 @@ std::atomic<const c10::impl::DeviceGuardImplInterface*>& guard_place() {
 
 bool active() { return g_active; }
 
+void check_active() {
+  TORCH_CHECK(
+      g_active,
+      "PyTorch is not linked with support for cuda devices: this tensor is on a simulated GPU that is not in use any more.");
+}
+
 void activate(int64_t devices, int64_t capability) {
   TORCH_CHECK(!g_active, "The simulated GPU is in use already.");
   TORCH_CHECK_VALUE(devices >= 1 && devices <= kMaxDevices, "devices: found ", devices, "; it takes 1 to ", kMaxDevices);
@@ -272,6 +290,7 @@ void activate(int64_t devices, int64_t capability) {
 
 void deactivate() {
   TORCH_CHECK(g_active, "The simulated GPU is not in use.");
+  Engine::wait_for_device_threads();
   g_active = false;
   set_sync_debug_mode(0);
   set_sync_listener(nullptr);
