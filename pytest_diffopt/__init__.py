@@ -1,6 +1,8 @@
 """pytest-diffopt: validates combinations of quantization, torch.compile and offloading in diffusion pipelines.
 
 Every public name is imported when it is first used: importing the package never imports torch.
+
+PYTEST_DONT_REWRITE: torch imports this package, so a program may have done so before it calls pytest, which would warn.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ class Contract(Part):
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak bytes of the warm calls, against the reference without offloading.
         max_memory: peak bytes of any call, the first one too, as an int or like ``"12GiB"``.
+        max_host_syncs_per_step: how often the host may wait for the accelerator in a denoising step of a warm call, e.g.
+            for ``.item()``; what offloading waits for is apart.
         parity_dtype: ``"float32"`` or ``"float64"``: the check parity judges the recipe and its reference in that dtype
             too, where rounding hides less. Both run once more for it.
 
@@ -65,6 +67,7 @@ class Contract(Part):
     parity_multiple: PositiveNumber | None = None
     max_memory_ratio: PositiveNumber | None = None
     max_memory: Memory | None = None
+    max_host_syncs_per_step: Natural | None = None
     parity_dtype: Literal["float32", "float64"] | None = None
 
 
@@ -82,6 +85,7 @@ class Limits:
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak against the reference without offloading; None: no promise.
         max_memory_bytes: peak in bytes; None: no promise.
+        max_host_syncs_per_step: waits of the host in a denoising step of a warm call; None: no promise.
     """
 
     max_graph_breaks: int
@@ -93,6 +97,7 @@ class Limits:
     parity_multiple: float
     max_memory_ratio: float | None
     max_memory_bytes: int | None
+    max_host_syncs_per_step: int | None = None
 
 
 class CompiledPart(Protocol):
@@ -148,6 +153,7 @@ def derive(
         parity_multiple=_given(contract.parity_multiple, 3.0),
         max_memory_ratio=contract.max_memory_ratio,
         max_memory_bytes=None if contract.max_memory is None else parse_bytes(contract.max_memory),
+        max_host_syncs_per_step=contract.max_host_syncs_per_step,
     )
 
 

@@ -5,11 +5,15 @@ The command line's default is None, so that the ini option of the same name, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+from pytest_diffopt.errors import DiffoptError
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,9 @@ class Settings:
     """What the options say, parsed once; a field a row of :data:`OPTIONS`.
 
     Attributes:
+        gpu: the simulated GPU of the whole session, by the name of its card; None for none.
+        gpu_devices: how many of them.
+        gpu_memory: of each, in bytes; None for the card's own.
         device: kind of the accelerator, or ``auto``: the first real one there is, else the simulated one.
         compile_backend: overrides the compile backend of every recipe; None leaves it to the recipe.
         hub: whether pipelines may be downloaded from the hub.
@@ -30,6 +37,9 @@ class Settings:
         docs_report: where the report of pages is written, as Markdown; None for nowhere.
     """
 
+    gpu: str | None = None
+    gpu_devices: int = 1
+    gpu_memory: int | None = None
     device: str = "auto"
     compile_backend: str | None = None
     hub: bool = False
@@ -70,6 +80,7 @@ class Option:
         in_workers: whether pytest-xdist's workers read it as well. A file that the controller writes they need not have:
             they may be on another machine.
         repeatable: it may be given several times, and the ini option a line each; its field is a tuple.
+        variable: of the environment, read where the command line does not say it.
     """
 
     name: str
@@ -80,6 +91,7 @@ class Option:
     metavar: str = ""
     in_workers: bool = True
     repeatable: bool = False
+    variable: str = ""
 
     @property
     def flag(self) -> str:
@@ -112,6 +124,27 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _gpu(text: str) -> str | None:
+    if not text.strip():
+        return None
+    from pytest_diffopt.accelerators.gpus import card
+
+    return card(text).name
+
+
+def _devices(text: str) -> int:
+    devices = int(text)
+    if not 1 <= devices <= _MOST_GPUS:
+        raise ValueError(text)
+    return devices
+
+
+def _memory(text: str) -> int | None:
+    from pytest_diffopt.byte_sizes import parse_bytes
+
+    return parse_bytes(int(text) if text.isdecimal() else text) if text.strip() else None
+
+
 def _folder(text: str) -> str | None:
     return text.rstrip("/") or text or None  # whether it is there is asked where it is read
 
@@ -140,7 +173,36 @@ def _report(text: str) -> str:
 # accelerators.KINDS, written again (a test compares them): importing it would slow every start of pytest
 _DEVICES = ("auto", "cuda", "xpu", "mps", "sim", "cpu")
 
+_MOST_GPUS = 16  # simulated.gpu.MOST_DEVICES, for the same reason
+
 OPTIONS: tuple[Option, ...] = (
+    Option(
+        "gpu",
+        "run the whole session on this GPU, simulated: torch.device('cuda') is that card, and no GPU is used",
+        default="",
+        takes="a card that the command `diffopt cards` lists, e.g. rtx-4090",
+        parse=_gpu,
+        metavar="CARD",
+        variable="DIFFOPT_GPU",
+    ),
+    Option(
+        "gpu_devices",
+        "how many of the GPU of --diffopt-gpu there are",
+        default=1,
+        takes=f"a whole number from 1 to {_MOST_GPUS}",
+        parse=_devices,
+        metavar="N",
+        variable="DIFFOPT_GPU_DEVICES",
+    ),
+    Option(
+        "gpu_memory",
+        "memory of each GPU of --diffopt-gpu; by default what CUDA reports on that card",
+        default="",
+        takes="a size, e.g. 12GiB, or bytes",
+        parse=_memory,
+        metavar="SIZE",
+        variable="DIFFOPT_GPU_MEMORY",
+    ),
     Option(
         "device",
         "the device that recipes run on; auto takes the first real one there is, else the simulated one",
@@ -222,7 +284,8 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("diffopt", "optimization recipes of diffusion pipelines")
     for option in OPTIONS:
         shown = "false" if option.default is False else option.default
-        default = f" (ini: {option.ini}{f', default: {shown}' if shown else ''})"
+        variable = f", environment: {option.variable}" if option.variable else ""
+        default = f" (ini: {option.ini}{variable}{f', default: {shown}' if shown else ''})"
         if option.parse is None:
             group.addoption(option.flag, dest=option.ini, action="store_true", default=None, help=option.help + default)
             parser.addini(option.ini, option.help, type="bool", default=option.default)
@@ -245,14 +308,31 @@ def add_options(parser: pytest.Parser) -> None:
 
 def read_settings(config: pytest.Config) -> Settings:
     """The options of a run. Raises :class:`pytest.UsageError` naming a wrong one, what was found and what may be."""
-    return Settings(**{option.name: _read(option, config) for option in OPTIONS})
+    return _settings(config, config.option, OPTIONS)
 
 
-def _read(option: Option, config: pytest.Config) -> Any:
+def read_gpu_settings(early_config: pytest.Config) -> Settings:
+    """Those about the session's GPU alone, before conftest files are imported. Raises :class:`pytest.UsageError`."""
+    given = early_config.known_args_namespace
+    options = [option for option in OPTIONS if option.name == "gpu" or option.name.startswith("gpu_")]
+    settings = _settings(early_config, given, options)
+    for option in options:
+        if settings.gpu is None and option.name != "gpu" and getattr(given, option.ini, None) is not None:
+            raise pytest.UsageError(f"{option.flag} needs a GPU; name one, e.g. --diffopt-gpu=rtx-4090")
+    return settings
+
+
+def _settings(config: pytest.Config, given: argparse.Namespace, options: Iterable[Option]) -> Settings:
+    return Settings(**{option.name: _read(option, config, given) for option in options})
+
+
+def _read(option: Option, config: pytest.Config, namespace: argparse.Namespace) -> Any:
     if hasattr(config, "workerinput") and not option.in_workers:
         return option.default if option.parse is None or option.repeatable else option.parse(option.default)
-    given = config.getoption(option.ini, default=None)
+    given = getattr(namespace, option.ini, None)
     where = option.flag
+    if given is None and (inherited := os.environ.get(option.variable, "")):
+        where, given = option.variable, inherited
     if given is None:
         where = option.ini
         try:
@@ -270,6 +350,8 @@ def _parsed(option: Option, where: str, given: str) -> Any:
     assert option.parse is not None
     try:
         return option.parse(given)
+    except DiffoptError as error:
+        raise pytest.UsageError(f"{where}: {error}") from None
     except ValueError:
         raise _rejected(option, where, given) from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_diffopt import hookspec
-from pytest_diffopt.collection import baselines, left_out, marked_tests, pages, workers
+from pytest_diffopt.collection import baselines, gpu_session, left_out, marked_tests, pages, workers
 from pytest_diffopt.collection.gpu_in_use import gpu_in_use
 from pytest_diffopt.collection.session import PROGRESS, SETTINGS, release
 from pytest_diffopt.fixtures import register_fixtures
@@ -35,8 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before conftest files are imported, and before output is captured
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
+    gpu_session.begin(early_config)
+    return (yield)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-html, which is told which page to write
 def pytest_configure(config: pytest.Config) -> None:
+    gpu_session.begin(config)  # in a worker that loads the plugin by -p, the hook above was over by then
     workers.configure(config)
     marked_tests.register_markers(config)
     config.stash[SETTINGS] = read_settings(config)

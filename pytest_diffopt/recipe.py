@@ -617,6 +617,7 @@ _FAULTY = (
     "attention",
     "caching",
     "memory",
+    "host_syncs",
     "parity",
     "state",
     "forecast",

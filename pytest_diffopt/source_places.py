@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Literal
 
 from pytest_diffopt.errors import DiffoptError
@@ -93,37 +94,42 @@ def whose(filename: str) -> Whose:
     return "user"
 
 
-_Raw = tuple[str, int, str]
+RawFrame = tuple[str, int, str]
 """(file name, line, function) of a frame."""
 
 
-def raw_frames(error: BaseException) -> list[_Raw]:
+def raw_frames(error: BaseException) -> list[RawFrame]:
     """The frames of an exception's traceback, the outermost first."""
     found = []
     for frame, line in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        name = getattr(code, "co_qualname", code.co_name)
-        found.append((code.co_filename, line, _RESUMED.sub(r"\1", name.rpartition("<locals>.")[2])))
+        found.append((frame.f_code.co_filename, line, function_name(frame.f_code)))
     return found
 
 
-def last_frames(frames: Iterable[_Raw]) -> tuple[CodeFrame, ...]:
+def function_name(code: CodeType) -> str:
+    """The function that a code object is of, with its class where it has one."""
+    name = getattr(code, "co_qualname", code.co_name)
+    return _RESUMED.sub(r"\1", name.rpartition("<locals>.")[2])
+
+
+def last_frames(frames: Iterable[RawFrame]) -> tuple[CodeFrame, ...]:
     """The last frames of the user's code and of the libraries', each line once, the outermost first."""
     distinct = list(dict.fromkeys(frames))
     users = [one for one in distinct if whose(one[0]) == "user"][-_USER_FRAMES:]
     libraries = [one for one in distinct if whose(one[0]) == "library"]
     telling = [one for one in libraries if not short_path(one[0]).startswith(_PLUMBING)]
     kept = {*users, *(telling if users or telling else libraries)[-_LIBRARY_FRAMES:]}
-    return tuple(_read(one) for one in distinct if one in kept)
+    return tuple(code_frame(one) for one in distinct if one in kept)
 
 
-def last_user_frame(frames: Iterable[_Raw]) -> CodeFrame | None:
+def last_user_frame(frames: Iterable[RawFrame]) -> CodeFrame | None:
     """The innermost frame of the user's own code; None where there is none."""
     users = [one for one in frames if whose(one[0]) == "user"]
-    return _read(users[-1]) if users else None
+    return code_frame(users[-1]) if users else None
 
 
-def _read(raw: _Raw) -> CodeFrame:
+def code_frame(raw: RawFrame) -> CodeFrame:
+    """A frame of Python by its (file name, line, function)."""
     file, line, function = raw
     text = linecache.getline(file, line).strip()
     return CodeFrame(short_path(file), line, function, f"{text[:_TEXT]}…" if len(text) > _TEXT else text)

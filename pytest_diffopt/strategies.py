@@ -252,6 +252,7 @@ def contracts() -> st.SearchStrategy[Contract]:
             "warmup_calls": st.none() | st.integers(1, 5),
             "parity_multiple": st.none() | _positive_numbers,
             "max_memory_ratio": st.none() | _positive_numbers,
+            "max_host_syncs_per_step": st.none() | st.integers(0, 100),
             "max_memory": st.none() | st.integers(1, 2**40) | sizes,
             "parity_dtype": st.sampled_from([None, "float32", "float64"]),
         },

@@ -22,6 +22,8 @@ from pytest_diffopt.errors import DiffoptError
 if TYPE_CHECKING:
     import torch
 
+    from pytest_diffopt.accelerators.simulated import SyncRecording
+
 KINDS = ("cuda", "xpu", "mps", "sim", "cpu")
 """In the order in which ``auto`` looks for them; the simulated one is always there."""
 
@@ -155,6 +157,10 @@ class Accelerator:
             return None
         stats = self._simulated.transfer_stats()
         return {"h2d": int(stats["h2d_bytes"]), "d2h": int(stats["d2h_bytes"])}
+
+    def sync_recording(self) -> SyncRecording | None:
+        """What writes down where the host waits for the device; None where the device does not tell."""
+        return self._simulated.SyncRecording() if self.is_simulated else None
 
     @functools.cached_property
     def _events(self) -> SimulatedEvents | CudaEvents | None:

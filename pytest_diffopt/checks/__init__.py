@@ -35,6 +35,8 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
     limited = recipe.contract.max_memory is not None or recipe.contract.max_memory_ratio is not None
     if recipe.offloading is not None or recipe.quantization is not None or limited:
         names.append("memory")
+    if recipe.contract.max_host_syncs_per_step is not None:
+        names.append("host_syncs")
     names += ["parity", "state"]
     if recipe.forecast is not None:
         names.append("forecast")

@@ -16,6 +16,7 @@ from pytest_diffopt.checks import (
     engagement,
     forecast,
     graph_breaks,
+    host_syncs,
     isolation,
     memory,
     parity,
@@ -46,6 +47,7 @@ _OF_A_RUN: dict[str, Callable[[Evidence], Verdict]] = {
     attention.NAME: attention.judge,
     caching.NAME: caching.judge,
     memory.NAME: memory.judge,
+    host_syncs.NAME: host_syncs.judge,
     parity.NAME: parity.judge,
     state.NAME: state.judge,
 }
@@ -58,6 +60,7 @@ CHECKS: dict[str, Callable[[Any], Verdict]] = {  # of `Evidence`; forecast of `F
 PLACES: dict[str, Callable[[Evidence], list[tuple[str, str]]]] = {
     graph_breaks.NAME: graph_breaks.places,
     recompiles.NAME: recompiles.places,
+    host_syncs.NAME: host_syncs.places,
 }
 """Of the checks that count something at places of the code."""
 

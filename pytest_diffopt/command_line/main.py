@@ -7,11 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pytest_diffopt.command_line import advise, calibrate, forecast, listing
+from pytest_diffopt.command_line import advise, calibrate, forecast, listing, run
 from pytest_diffopt.command_line.command import MISSED, PROGRAM, WRONG, Command, UsageError
 from pytest_diffopt.errors import DiffoptError
 
-COMMANDS: tuple[Command, ...] = (forecast.COMMAND, advise.COMMAND, calibrate.COMMAND, listing.MODELS, listing.CARDS)
+COMMANDS: tuple[Command, ...] = (
+    run.COMMAND,
+    forecast.COMMAND,
+    advise.COMMAND,
+    calibrate.COMMAND,
+    listing.MODELS,
+    listing.CARDS,
+)
 
 _INTERRUPTED = 130
 

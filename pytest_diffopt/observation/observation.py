@@ -434,6 +434,51 @@ class CacheState:
 
 
 @dataclass(frozen=True)
+class HostWait:
+    """A place at which the host waited for the accelerator.
+
+    Attributes:
+        call: the recipe's own, from 0.
+        step: the denoising step, from 0; -1 before the first and after the last.
+        component: whose code waited; empty for the pipeline's own.
+        operation: that waited, e.g. ``"aten::_local_scalar_dense"`` for ``.item()`` and ``bool()``.
+        place: the innermost line that is not torch's; None where there is none.
+        user: the innermost line of the user's own code, where that is another.
+        offloading: whether the place is the offloading's own code, which moves weights and inputs.
+        count: how often, in this step.
+    """
+
+    call: int
+    step: int
+    component: str
+    operation: str
+    place: CodeFrame | None = None
+    user: CodeFrame | None = None
+    offloading: bool = False
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class HostSyncs:
+    """Where the host waited for the accelerator in the recipe's own calls.
+
+    Attributes:
+        steps: the denoising steps of each call.
+    """
+
+    steps: tuple[int, ...] = ()
+    waits: tuple[HostWait, ...] = ()
+
+    def per_step(self, call: int) -> list[int]:
+        """How often the host waited in each denoising step of a call, offloading apart."""
+        counts = [0] * self.steps[call]
+        for wait in self.waits:
+            if wait.call == call and wait.step >= 0 and not wait.offloading:
+                counts[wait.step] += wait.count
+        return counts
+
+
+@dataclass(frozen=True)
 class StateChange:
     """A global that is not as it was: its name, before and after, and what left it so."""
 
@@ -537,6 +582,7 @@ class Observation:
             components whose processors can be told.
         timed_seconds: of further calls, with the inputs of the last own one, in which nothing else was written down; where
             they were asked for.
+        host_syncs: where the host waited for the accelerator; None where that does not tell.
         failure: what ended the run, or None.
     """
 
@@ -564,6 +610,7 @@ class Observation:
     cache_uses: tuple[CacheUse, ...] = ()
     caches: tuple[CacheState, ...] = ()
     timed_seconds: tuple[float, ...] = ()
+    host_syncs: HostSyncs | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

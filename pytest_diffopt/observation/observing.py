@@ -44,6 +44,7 @@ from pytest_diffopt.observation.probes import (
     recording,
     widen,
 )
+from pytest_diffopt.observation.syncs import SyncWatch
 from pytest_diffopt.preparation import attention, caching, compilation, kept_tables, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
@@ -161,6 +162,7 @@ class Run:
         self.precise_dtype = ""
         self.breaks_of_diagnosis: CompileRecord | None = None
         self.memory = MemoryWatch(accelerator)
+        self.syncs = SyncWatch(accelerator)
         self.attention = AttentionWatch()
         self.attention_after: dict[str, str] = {}
         self.caching = CacheWatch()
@@ -260,7 +262,8 @@ class Run:
             counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
         with (
             self.watch.naming(prepared.module_names()),
-            recording(prepared, self.recorder, self.memory.ledger),
+            recording(prepared, self.recorder, self.memory.ledger, self.syncs),
+            self.syncs.watching(prepared),
             self._same_noise(prepared, replay=False),
             self._stance(),
             counting,
@@ -310,7 +313,8 @@ class Run:
         inputs = digest(arguments)
         self.memory.call_begins(self.phase, self.recorder.held_bytes(self.accelerator.device_type), inputs)
         started = time.perf_counter()
-        result = self._run(prepared, arguments)
+        with self.syncs.call(call) if kind == "call" else contextlib.nullcontext():
+            result = self._run(prepared, arguments)
         self.accelerator.synchronize()
         seconds = time.perf_counter() - started
         self.recorder.record("", result, hold=True)
@@ -337,7 +341,7 @@ class Run:
     def _run(self, prepared: Prepared, arguments: dict[str, Any]) -> Any:
         if not prepared.is_model:
             return prepared.run(arguments)
-        with self.memory.ledger.running(MODEL):
+        with self.memory.ledger.running(MODEL), self.syncs.running(MODEL):
             return prepared.run(arguments)
 
     def _sensitivity_call(self, prepared: Prepared) -> None:
@@ -620,6 +624,7 @@ class Run:
             failure=self.failure,
             notes=tuple(self.notes),
             memory=self.memory.record,
+            host_syncs=self.syncs.record,
             attention_uses=self.attention.record(),
             attention_after=self.attention_after,
             cache_uses=self.caching.record(),

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_diffopt.observation.compilation import meant_codes
 from pytest_diffopt.observation.outputs import leaves
@@ -21,23 +21,31 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_diffopt.observation.outputs import OutputRecorder
-    from pytest_diffopt.observation.residency import ResidencyLedger
     from pytest_diffopt.preparation.pipeline import Prepared
+
+
+class RunningWatch(Protocol):
+    """Who wants to know which component runs."""
+
+    def entered(self, component: str) -> None: ...
+
+    def left(self, component: str) -> None: ...
+
 
 SENSITIVITY_SEED = 7919
 """Added to the recipe's seed in the sensitivity run; any number will do."""
 
 
 @contextlib.contextmanager
-def recording(prepared: Prepared, recorder: OutputRecorder, ledger: ResidencyLedger | None = None) -> Iterator[None]:
+def recording(prepared: Prepared, recorder: OutputRecorder, *watches: RunningWatch) -> Iterator[None]:
     """Write down what each component returns, without a hook on anything that is compiled whole.
 
-    The ledger, where there is one, is told which component runs.
+    The watches hear which component runs.
     """
     with contextlib.ExitStack() as stack:
         if not prepared.is_model:
             for name, module in prepared.components.items():
-                _Recording(name, module, recorder, ledger).install(stack)
+                _Recording(name, module, recorder, watches).install(stack)
         yield
 
 
@@ -45,9 +53,9 @@ class _Recording:
     """Records one component: its call, and an autoencoder's ``encode`` and ``decode``; only the outermost of them."""
 
     def __init__(
-        self, name: str, module: torch.nn.Module, recorder: OutputRecorder, ledger: ResidencyLedger | None
+        self, name: str, module: torch.nn.Module, recorder: OutputRecorder, watches: Sequence[RunningWatch]
     ) -> None:
-        self.name, self.module, self.recorder, self.ledger = name, module, recorder, ledger
+        self.name, self.module, self.recorder, self.watches = name, module, recorder, watches
         self.depth = 0
 
     def install(self, stack: contextlib.ExitStack) -> None:
@@ -80,14 +88,16 @@ class _Recording:
         return recorded
 
     def _enter(self) -> None:
-        if self.depth == 0 and self.ledger is not None:
-            self.ledger.entered(self.name)
+        if self.depth == 0:
+            for watch in self.watches:
+                watch.entered(self.name)
         self.depth += 1
 
     def _leave(self) -> None:
         self.depth -= 1
-        if self.depth == 0 and self.ledger is not None:
-            self.ledger.left(self.name)
+        if self.depth == 0:
+            for watch in self.watches:
+                watch.left(self.name)
 
     def _entered(self, *_: Any) -> None:
         if not _traced():

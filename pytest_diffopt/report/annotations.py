@@ -21,7 +21,7 @@ MOST = 10
 """So many errors, and so many warnings, GitHub shows of a step."""
 
 _INSTALLED = ("site-packages", "dist-packages")
-_PLACED = {"graph_breaks": "graph break", "recompiles": "recompile"}
+_PLACED = {"graph_breaks": "graph break", "recompiles": "recompile", "host_syncs": "host sync"}
 _KINDS = ("crash", *_PLACED.values())
 
 

@@ -58,6 +58,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("peak_bytes", "peak of a call", "MiB", mebibytes),
     Figure("h2d_bytes", "to the device", "MiB", mebibytes),
     Figure("d2h_bytes", "from the device", "MiB", mebibytes),
+    Figure("host_syncs", "host syncs in a step", "", number),
     Figure("graphs", "graphs", "", number, always=True),
     Figure("breaks", "graph breaks", "", number, always=True),
     Figure("recompiles", "recompiles", "", number, always=True),

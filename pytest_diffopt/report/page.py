@@ -347,7 +347,7 @@ def _baseline(found: Comparison) -> Iterator[str]:
 
 
 def _places(places: Sequence[CodePlace]) -> Iterator[str]:
-    yield '<h3>Graph breaks and recompiles</h3><div class="scroll"><table><thead><tr>'
+    yield '<h3>Graph breaks, recompiles and host syncs</h3><div class="scroll"><table><thead><tr>'
     yield from (f'<th scope="col">{title}</th>' for title in ("what", "component", "where", "why"))
     yield '<th scope="col" class="figure">times</th></tr></thead><tbody>'
     for place in places:

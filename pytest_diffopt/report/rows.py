@@ -82,7 +82,8 @@ def row_of(
 
     Returns:
         ``recipe``, ``source``, ``cold_seconds``, ``warm_seconds``, ``load_peak_bytes``, ``peak_bytes`` (of the calls),
-        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``graphs``, ``breaks``, ``recompiles``, ``required_tolerance``,
+        ``h2d_bytes``, ``d2h_bytes`` (of the last call), ``host_syncs`` (in a denoising step of it, the most), ``graphs``,
+        ``breaks``, ``recompiles``, ``required_tolerance``,
         ``forecast_bytes``, ``forecast_low_bytes``, ``forecast_high_bytes`` (the peak as forecast), ``forecast_model``, and
         ``statuses``: check → status.
     """
@@ -97,6 +98,7 @@ def row_of(
         "peak_bytes": None,
         "h2d_bytes": None,
         "d2h_bytes": None,
+        "host_syncs": None,
         "graphs": None,
         "breaks": None,
         "recompiles": None,
@@ -121,6 +123,8 @@ def row_of(
             row["load_peak_bytes"] = memory.load_peak_bytes - memory.before_bytes
             if (transferred := memory.transferred_bytes) is not None:
                 row["h2d_bytes"], row["d2h_bytes"] = transferred
+        if (syncs := observation.host_syncs) is not None and syncs.steps:
+            row["host_syncs"] = max(syncs.per_step(len(syncs.steps) - 1), default=None)
     if forecast is not None:
         row |= {
             "forecast_bytes": forecast.peak.expected,

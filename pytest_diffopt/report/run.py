@@ -56,6 +56,8 @@ class Figures(_Part):
     """Copied to the device in the last call."""
     d2h_bytes: int | None = None
     """Copied from the device in the last call."""
+    host_syncs: int | None = None
+    """How often the host waited for the device in a denoising step of the last call, at most; offloading apart."""
     graphs: int | None = None
     """Graphs with operations that were compiled."""
     breaks: int | None = None
@@ -111,9 +113,9 @@ class ComponentParity(_Part):
 
 
 class CodePlace(_Part):
-    """A graph break, a recompile, or the crash that ended the recipe's run, and where in the code."""
+    """A graph break, a recompile, a wait of the host, or the crash that ended the recipe's run, and where in the code."""
 
-    kind: Literal["graph break", "recompile", "crash"]
+    kind: Literal["graph break", "recompile", "host sync", "crash"]
     component: str
     """Empty outside of any component."""
     file: str
@@ -121,7 +123,7 @@ class CodePlace(_Part):
     line: int
     function: str = ""
     why: str
-    """The break's reason; the guard that failed; the exception."""
+    """The break's reason; the guard that failed; the operation that waited; the exception."""
     count: int = 1
     failed: bool = False
     """Whether it is one for which its check fails."""
@@ -433,7 +435,11 @@ def _places(verdicts: Sequence[VerdictRecord], record: Mapping[str, Any]) -> tup
     return tuple(found)
 
 
-_KINDS: dict[str, Literal["graph break", "recompile"]] = {"graph_breaks": "graph break", "recompiles": "recompile"}
+_KINDS: dict[str, Literal["graph break", "recompile", "host sync"]] = {
+    "graph_breaks": "graph break",
+    "recompiles": "recompile",
+    "host_syncs": "host sync",
+}
 
 
 def _distinct(keys: Iterable[Key | None]) -> tuple[Key, ...]:

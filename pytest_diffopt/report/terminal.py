@@ -116,6 +116,10 @@ def _transfers(row: Row) -> str:
     return f"{mebibytes(row['h2d_bytes'])} / {mebibytes(row['d2h_bytes'])}"
 
 
+def _host_syncs(row: Row) -> str:
+    return number(row.get("host_syncs"))
+
+
 def _forecast(row: Row) -> str:
     size = row.get("forecast_bytes")
     return "-" if size is None else f"{size / 2**30:.2f} {row['forecast_model']}"
@@ -128,6 +132,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("peak memory load / call (MiB)", _peaks),
     ("forecast (GiB)", _forecast),
     ("transfers in / out (MiB)", _transfers),
+    ("host syncs in a step", _host_syncs),
     ("graphs", lambda row: number(row["graphs"])),
     ("breaks", lambda row: number(row["breaks"])),
     ("recompiles", lambda row: number(row["recompiles"])),
@@ -135,8 +140,9 @@ _COLUMNS: tuple[_Column, ...] = (
 )
 
 
-_LEAST_TELLING = tuple(_COLUMNS[place] for place in (3, 7, 0, 1, 4, 5, 6, 2))
-_OF_MEMORY: dict[Callable[[Row], str], str] = {
+_LEAST_TELLING = tuple(_COLUMNS[place] for place in (4, 3, 8, 0, 1, 5, 6, 7, 2))
+_WHERE_KNOWN: dict[Callable[[Row], str], str] = {
+    _host_syncs: "host_syncs",
     _peaks: "peak_bytes",
     _forecast: "forecast_bytes",
     _transfers: "h2d_bytes",
@@ -146,8 +152,8 @@ _OF_MEMORY: dict[Callable[[Row], str], str] = {
 def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     """The table of recipes, a row each, in ``width`` columns; recipes that were skipped have none.
 
-    Memory has columns where it is known of any. Where the width does not do for all columns, the least telling go; names
-    are shortened by what all begin with.
+    Memory and host syncs have columns where they are known of any, and are not 0. Where the width does not do for all
+    columns, the least telling go; names are shortened by what all begin with.
     """
     from rich.text import Text
 
@@ -162,7 +168,7 @@ def table_lines(rows: Sequence[Row], *, width: int, color: bool) -> list[str]:
     columns = [
         column
         for column in _COLUMNS
-        if column[1] not in _OF_MEMORY or any(row.get(_OF_MEMORY[column[1]]) for row in rows)
+        if column[1] not in _WHERE_KNOWN or any(row.get(_WHERE_KNOWN[column[1]]) for row in rows)
     ]
     verdicts = [verdict_text(row["statuses"]) for row in rows]
     longest = [max(map(len, texts)) for texts in (["recipe", *names], ["verdict", *verdicts])]

@@ -40,7 +40,7 @@ def test_a_device_in_a_string_becomes_the_one_in_use(expression: str, value: obj
 
 
 def test_torch_cuda_becomes_the_module_of_the_device_in_use() -> None:
-    torch = SimpleNamespace(cuda="real", sim="simulated", backends=SimpleNamespace(cuda="flags"))
+    torch = SimpleNamespace(cuda="real", xpu="simulated", backends=SimpleNamespace(cuda="flags"))
     found = rewritten("a = torch.cuda\nb = torch.backends.cuda\nc = th.cuda", torch=torch, th=torch)
     assert (found["a"], found["b"], found["c"]) == ("simulated", "flags", "real")
 
@@ -53,8 +53,8 @@ def test_imports_of_torch_cuda_are_of_the_device_in_use() -> None:
         "import torch.xpu",
         "import torch as th",
         "from torch.xpu.amp import autocast",
-        "from torch import sim as cuda",
-        "x = th.sim",
+        "from torch import xpu as cuda",
+        "x = th.xpu",
     ]
 
 

@@ -24,7 +24,7 @@ ROOT = Path(pytest_diffopt.__file__).parent
 LAYERS = (
     ("",),
     ("__main__",),
-    ("plugin", "command_line", "suite"),
+    ("plugin", "command_line", "suite", "autoload"),
     ("collection", "report", "baseline", "fixtures"),
     ("options", "markers", "hookspec"),
     ("documentation",),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from pytest_diffopt.observation.observation import (
     CompileRecord,
     FrameAttempt,
     GraphBreak,
+    HostSyncs,
+    HostWait,
     MemoryRecord,
     Observation,
     Place,
@@ -83,6 +86,7 @@ def test_a_row_has_the_figures_of_its_observation() -> None:
         "peak_bytes": 2**20,
         "h2d_bytes": None,
         "d2h_bytes": None,
+        "host_syncs": None,
         "graphs": 2,
         "breaks": 1,
         "recompiles": 1,
@@ -94,6 +98,22 @@ def test_a_row_has_the_figures_of_its_observation() -> None:
         "statuses": {"parity": "passed", "recompiles": "failed"},
     }
     assert json.loads(json.dumps(row)) == row
+
+
+def test_host_syncs_have_a_column_where_any_recipe_waits() -> None:
+    waits = tuple(
+        HostWait(call, step, "unet", "aten::nonzero", offloading=offloading, count=2)
+        for call, step, offloading in ((0, 0, False), (1, -1, False), (1, 0, True), (1, 1, False))
+    )
+    syncs = HostSyncs((2, 2), waits)
+    assert [syncs.per_step(call) for call in (0, 1)] == [[2, 0], [0, 2]]
+    waiting = row_of(replace(observation(), host_syncs=syncs))
+    assert waiting["host_syncs"] == 2
+    idle = row_of(replace(observation("b"), host_syncs=HostSyncs((2, 2))))
+    assert idle["host_syncs"] == 0
+    shown = "\n".join(table_lines([waiting, idle], width=200, color=False))
+    assert "host syncs in a step" in shown
+    assert "host syncs" not in "\n".join(table_lines([idle], width=200, color=False))
 
 
 def test_rows_of_one_recipe_become_one_and_those_of_two_files_stay_apart() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from pytest_diffopt.accelerators.simulated.dry import (
+from pytest_diffopt.accelerators.simulated.dry_runs import (
     dry,
     host_memory_stats,
     is_dry,
@@ -21,6 +21,7 @@ from pytest_diffopt.accelerators.simulated.dry import (
     reset_peak_host_memory_stats,
 )
 from pytest_diffopt.accelerators.simulated.gpu import SimulatedGpu, current, simulated_cuda
+from pytest_diffopt.accelerators.simulated.host_syncs import HostSync, SyncRecording, mark_syncs, record_syncs, syncs
 from pytest_diffopt.accelerators.simulated.measures import (
     MemoryEvent,
     as_capability,
@@ -48,10 +49,12 @@ OF_A_GPU = frozenset(
         "is_hollow",
         "kernel_count",
         "mark_memory_events",
+        "mark_syncs",
         "memory_blocks",
         "record_memory_events",
         "record_operations",
         "recorded_memory_events",
+        "record_syncs",
         "recorded_operations",
         "register_cost",
         "register_dry_kernel",
@@ -60,6 +63,7 @@ OF_A_GPU = frozenset(
         "reset_peak_host_memory_stats",
         "set_caching_allocator",
         "set_memory_limit",
+        "syncs",
         "transfer_stats",
     ]
 )
@@ -67,8 +71,10 @@ OF_A_GPU = frozenset(
 
 __all__ = [
     "OF_A_GPU",
+    "HostSync",
     "MemoryEvent",
     "SimulatedGpu",
+    "SyncRecording",
     "as_capability",
     "current",
     "dry",
@@ -78,9 +84,11 @@ __all__ = [
     "is_hollow",
     "kernel_count",
     "mark_memory_events",
+    "mark_syncs",
     "memory_blocks",
     "record_memory_events",
     "record_operations",
+    "record_syncs",
     "recorded_memory_events",
     "recorded_operations",
     "register_cost",
@@ -91,6 +99,7 @@ __all__ = [
     "set_caching_allocator",
     "set_memory_limit",
     "simulated_cuda",
+    "syncs",
     "transfer_stats",
 ]
 

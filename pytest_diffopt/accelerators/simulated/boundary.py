@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from pytest_diffopt.accelerators.simulated.memory_history import History
+
 _ops = torch.ops.pytest_diffopt_sim
 
 CUDA_VERSION = "13.0"
@@ -213,7 +215,7 @@ class EventBase(torch.Event):
         return True
 
     def synchronize(self) -> None:
-        """Everything before it has run."""
+        self._event.synchronize()
 
     def elapsed_time(self, end_event: Any) -> float:
         return float(self._event.elapsed_time(getattr(end_event, "_event", end_event)))
@@ -345,10 +347,8 @@ class _Settings:
             "caching": True,
             "cudnn_benchmark_limit": 10,
             "conv_benchmark_empty_cache": True,
-            "metadata": "",
             "cublas": 8519680,
             "cublas_lt": 1048576,
-            "sync_debug_mode": 0,
         }
 
     def getter(self, name: str) -> Callable[[], Any]:
@@ -421,7 +421,6 @@ class Ranges:
 # ------------------------------------------------------------------------------------------------------- all names
 
 _UNSUPPORTED = {
-    "_cuda_allocationTraceback": "",
     "_cuda_attach_out_of_memory_observer": "",
     "_cuda_beginAllocateCurrentStreamToPool": "",
     "_cuda_changeCurrentAllocator": "its memory is the host's.",
@@ -464,7 +463,7 @@ _UNSUPPORTED = {
 
 def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
     """Everything of ``torch._C`` that a CUDA build has and torch's Python asks for, by name."""
-    settings = _Settings()
+    settings, history = _Settings(), History(devices)
     home = os.getpid()
 
     def init() -> None:
@@ -502,7 +501,7 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_getDefaultStream": _get_default_stream,
         "_cuda_setStream": _set_stream,
         "_cuda_isCurrentStreamCapturing": lambda: False,
-        "_cuda_synchronize": lambda: None,
+        "_cuda_synchronize": _ops.synchronize,
         "_cuda_sleep": lambda cycles: None,
         "_cuda_ipc_collect": lambda: None,
         "_cuda_clearCublasWorkspaces": lambda: None,
@@ -512,16 +511,16 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_setCublasWorkspaceSize": settings.setter("cublas"),
         "_cuda_getCublasLtWorkspaceSize": settings.getter("cublas_lt"),
         "_cuda_setCublasLtWorkspaceSize": settings.setter("cublas_lt"),
-        "_cuda_get_sync_debug_mode": settings.getter("sync_debug_mode"),
-        "_cuda_set_sync_debug_mode": settings.setter("sync_debug_mode"),
+        "_cuda_get_sync_debug_mode": _ops.sync_debug_mode,
+        "_cuda_set_sync_debug_mode": _ops.set_sync_debug_mode,
         "_cuda_get_cudnn_benchmark_limit": settings.getter("cudnn_benchmark_limit"),
         "_cuda_set_cudnn_benchmark_limit": settings.setter("cudnn_benchmark_limit"),
         "_cuda_get_conv_benchmark_empty_cache": settings.getter("conv_benchmark_empty_cache"),
         "_cudnn_set_conv_benchmark_empty_cache": settings.setter("conv_benchmark_empty_cache"),
         "_cuda_cudaCachingAllocator_is_enabled": settings.getter("caching"),
         "_cuda_cudaCachingAllocator_enable": settings.setter("caching"),
-        "_cuda_getMemoryMetadata": settings.getter("metadata"),
-        "_cuda_setMemoryMetadata": settings.setter("metadata"),
+        "_cuda_getMemoryMetadata": lambda: history.metadata,
+        "_cuda_setMemoryMetadata": lambda metadata: setattr(history, "metadata", metadata),
         "_cuda_memoryStats": _memory_stats,
         "_cuda_resetAccumulatedMemoryStats": lambda device: _ops.reset_counts(device),
         "_cuda_resetPeakMemoryStats": lambda device: _ops.reset_peaks(device),
@@ -533,15 +532,11 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_setMemoryFraction": _set_memory_fraction,
         "_cuda_getMemoryFraction": _get_memory_fraction,
         "_cuda_getAllocatorBackend": lambda: "native",
-        "_cuda_isHistoryEnabled": lambda: False,
-        "_cuda_record_memory_history": lambda *args, **kwargs: None,
-        "_cuda_record_memory_history_legacy": lambda *args, **kwargs: None,
-        "_cuda_memorySnapshot": lambda pool=None: {
-            "segments": [],
-            "device_traces": [[] for _ in range(devices)],
-            "allocator_settings": {},
-            "external_annotations": [],
-        },
+        "_cuda_isHistoryEnabled": history.is_enabled,
+        "_cuda_record_memory_history": history.record,
+        "_cuda_record_memory_history_legacy": history.record_legacy,
+        "_cuda_memorySnapshot": history.snapshot,
+        "_cuda_allocationTraceback": history.frames_of,
         "_cuda_beginAllocateToPool": lambda device, pool: None,
         "_cuda_beginAllocateCurrentThreadToPool": lambda device, pool: None,
         "_cuda_endAllocateToPool": lambda device, pool: None,

@@ -83,6 +83,10 @@ class simulated_cuda:
         )
         self._borrowed: contextlib.ExitStack | None = None
 
+    def gives(self, gpu: SimulatedGpu) -> bool:
+        """Whether this is what ``gpu`` is: the same card, as many of it, with as much memory."""
+        return self._gpu.properties == gpu.properties and self._gpu.devices == gpu.devices
+
     def __enter__(self) -> SimulatedGpu:
         global _current, _entered_in
         with _lock:
@@ -91,6 +95,7 @@ class simulated_cuda:
             _check_real_gpu()
             load_library()
             from pytest_diffopt.accelerators.simulated.borrowing import borrow
+            from pytest_diffopt.accelerators.simulated.host_syncs import stop_recordings
 
             ops = torch.ops.pytest_diffopt_sim
             properties, devices = self._gpu.properties, self._gpu.devices
@@ -98,6 +103,7 @@ class simulated_cuda:
             try:
                 ops.activate(devices, properties.major * 10 + properties.minor)
                 borrowed.callback(ops.deactivate)
+                borrowed.callback(stop_recordings)
                 for index in range(devices):
                     ops.set_default_capacity(index, properties.total_memory)
                     ops.set_capacity(index, -1)

@@ -23,6 +23,7 @@
 #include "aliasing.h"
 #include "device.h"
 #include "dry.h"
+#include "half.h"
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
@@ -119,7 +120,8 @@ Tensor as_rows_of_heads(const Tensor& result) {  // in memory (batch, length, he
 }
 
 struct Call {
-  Tensor query, key, value;  // on the host, or on meta
+  Widening half;
+  Tensor query, key, value;  // on the host, or on meta; wide
   MaybeTensor mask;
   bool causal;
   double scale;
@@ -127,12 +129,13 @@ struct Call {
   Call(
       Aliases& aliases, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& attn_mask, bool is_causal,
       std::optional<double> given_scale)
-      : query(aliases.host(q)),
-        key(heads_of(q, aliases.host(k))),
-        value(heads_of(q, aliases.host(v))),
+      : half({aliases.host(q), aliases.host(k), aliases.host(v)}),
+        query(half.wide(aliases.host(q))),
+        key(heads_of(q, half.wide(aliases.host(k)))),
+        value(heads_of(q, half.wide(aliases.host(v)))),
         causal(is_causal),
         scale(given_scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1))))) {
-    if (attn_mask.has_value() && attn_mask->defined()) mask = aliases.host(*attn_mask);
+    if (attn_mask.has_value() && attn_mask->defined()) mask = half.wide(aliases.host(*attn_mask));
   }
 
   // The host's fused kernel takes heads of one width.
@@ -146,28 +149,27 @@ struct Call {
     if (fused()) {
       auto [output, sums] =
           at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, mask, scale);
-      return {as_rows_of_heads(output), sums.to(at::kFloat).contiguous()};
+      return {as_rows_of_heads(half.rounded(output)), sums.to(at::kFloat).contiguous()};
     }
     const auto [weights, sums] = softmax();
-    return {as_rows_of_heads(at::matmul(weights, value.to(at::kFloat)).to(query.scalar_type())), sums.contiguous()};
+    return {as_rows_of_heads(half.rounded(at::matmul(weights, value))), sums.contiguous()};
   }
 
-  // By query, key, value and mask.
-  std::array<Tensor, 4> backward(const Tensor& grad, const Tensor& output, const Tensor& sums, bool by_mask) const {
+  // By query, key, value and mask, wide.
+  std::array<Tensor, 4> backward(const Tensor& by_output, const Tensor& output, const Tensor& sums, bool by_mask) const {
+    const Tensor grad = half.wide(by_output);
     if (fused() && !by_mask) {
       auto [by_query, by_key, by_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          grad, query, key, value, output, sums, 0.0, causal, mask, scale);
+          grad, query, key, value, half.wide(output), sums, 0.0, causal, mask, scale);
       return {by_query, by_key, by_value, Tensor()};
     }
     const auto [weights, unused] = softmax();
-    const Tensor g = grad.to(at::kFloat), q = query.to(at::kFloat), k = key.to(at::kFloat), v = value.to(at::kFloat);
-    const Tensor by_value = at::matmul(weights.transpose(-2, -1), g);
-    const Tensor by_weights = at::matmul(g, v.transpose(-2, -1));
+    const Tensor by_value = at::matmul(weights.transpose(-2, -1), grad);
+    const Tensor by_weights = at::matmul(grad, value.transpose(-2, -1));
     const Tensor by_scores = weights * (by_weights - (by_weights * weights).sum(-1, /*keepdim=*/true));
-    const auto dtype = query.scalar_type();
     return {
-        (at::matmul(by_scores, k) * scale).to(dtype), (at::matmul(by_scores.transpose(-2, -1), q) * scale).to(dtype),
-        by_value.to(dtype), by_mask ? by_scores.to(mask->scalar_type()) : Tensor()};
+        at::matmul(by_scores, key) * scale, at::matmul(by_scores.transpose(-2, -1), query) * scale, by_value,
+        by_mask ? by_scores : Tensor()};
   }
 
  private:
@@ -178,7 +180,7 @@ struct Call {
   }
 
   std::pair<Tensor, Tensor> softmax() const {
-    Tensor scores = at::matmul(query.to(at::kFloat), key.to(at::kFloat).transpose(-2, -1)) * scale;
+    Tensor scores = at::matmul(query, key.transpose(-2, -1)) * scale;
     if (mask.has_value()) scores = scores + *mask;
     if (causal) {
       const Tensor kept = at::ones({query.size(-2), key.size(-2)}, scores.options().dtype(at::kBool)).tril();
@@ -276,7 +278,7 @@ std::array<Tensor, 4> attend_backward(
                       .sum(2);
   }
   for (auto& one : found)
-    if (one.defined()) one = aliases.device(one.contiguous());
+    if (one.defined()) one = aliases.device(call.half.rounded(one).contiguous());
   return found;
 }
 

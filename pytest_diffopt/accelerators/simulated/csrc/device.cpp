@@ -17,6 +17,7 @@
 
 #include "dry.h"
 #include "memory.h"
+#include "syncs.h"
 
 namespace sim {
 namespace {
@@ -102,8 +103,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return old;
   }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const DeviceIndex device) const override { resolve_device(device); }
+  void synchronizeStream(const c10::Stream& stream) const override {
+    note_sync("cudaStreamSynchronize", stream.device_index(), Waits::InTorch);
+  }
+  void synchronizeDevice(const DeviceIndex device) const override {
+    note_sync("cudaDeviceSynchronize", resolve_device(device), Waits::Elsewhere);
+  }
 
   void record(void** event, const c10::Stream&, const DeviceIndex, const c10::EventFlag flag) const override {
     if (!*event) *event = new Event{{}, flag == c10::EventFlag::BACKEND_DEFAULT};
@@ -111,7 +116,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
+  void synchronizeEvent(void*) const override { note_sync("cudaEventSynchronize", t_device, Waits::Elsewhere); }
   void destroyEvent(void* event, const DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   double elapsedTime(void* first, void* second, const DeviceIndex) const override {
     const auto& from = *static_cast<Event*>(first);
@@ -142,7 +147,9 @@ struct Hooks final : at::CUDAHooksInterface {
   DeviceIndex current_device() const override { return static_cast<DeviceIndex>(t_device); }
   int getNumGPUs() const override { return g_device_count; }
   at::Allocator* getCUDADeviceAllocator() const override { return device_allocator(); }
-  void deviceSynchronize(DeviceIndex device) const override { resolve_device(device); }
+  void deviceSynchronize(DeviceIndex device) const override {
+    note_sync("cudaDeviceSynchronize", resolve_device(device), Waits::Elsewhere);
+  }
 
   DeviceIndex deviceCount() const override { return static_cast<DeviceIndex>(g_device_count); }
   DeviceIndex getCurrentDevice() const override { return static_cast<DeviceIndex>(t_device); }
@@ -285,6 +292,9 @@ void deactivate() {
   TORCH_CHECK(g_active, "The simulated GPU is not in use.");
   Engine::wait_for_device_threads();
   g_active = false;
+  set_sync_debug_mode(0);
+  set_sync_listener(nullptr);
+  set_memory_listener(nullptr);
   guard_place().store(g_their_guard);
   g_hooks.give_back();
   uninstall_allocators();

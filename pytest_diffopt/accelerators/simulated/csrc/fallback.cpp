@@ -11,10 +11,12 @@
 
 #include "aliasing.h"
 #include "dry.h"
+#include "half.h"
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
 #include "shapes.h"
+#include "syncs.h"
 
 namespace sim {
 namespace {
@@ -69,32 +71,6 @@ class DrawsOf {
   at::Tensor kept_;
 };
 
-// CUDA's softmax of half precision can give float32, and its gradient half precision again; the host's has one type.
-class SoftmaxOfHalf {
- public:
-  SoftmaxOfHalf(const std::string& name, torch::jit::Stack* stack, size_t first) {
-    if (name.rfind("softmax") == std::string::npos) return;
-    if (name == "aten::_softmax" || name == "aten::_log_softmax") {
-      auto& widens = (*stack)[first + 2];
-      if (!widens.toBool()) return;
-      (*stack)[first] = (*stack)[first].toTensor().to(at::kFloat);
-      widens = false;
-    } else if (name == "aten::_softmax_backward_data" || name == "aten::_log_softmax_backward_data") {
-      const auto given = (*stack)[first].toTensor().scalar_type();
-      auto& dtype = (*stack)[first + 3];
-      if (dtype.toScalarType() == given) return;
-      rounded_ = dtype.toScalarType();
-      dtype = given;
-    }
-  }
-  void round(torch::jit::Stack* stack) const {
-    if (rounded_) stack->back() = stack->back().toTensor().to(*rounded_);
-  }
-
- private:
-  std::optional<at::ScalarType> rounded_;
-};
-
 }  // namespace
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -102,6 +78,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t count = schema.arguments().size();
   const size_t first = stack->size() - count;
   if (ends_shaping(op)) return end_shaping(op, stack, first);
+  if (syncs_watched()) note_syncs_of(op, *stack, first);
   const bool is_dry = any_hollow(*stack, first);
   if (g_recording) {
     std::lock_guard<std::mutex> held(g_recorded_lock);
@@ -204,9 +181,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     } else if (is_dry) {
       run_meta_kernel(op, stack);
     } else {
-      const SoftmaxOfHalf softmax(op.operator_name().name, stack, first);
-      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
-      softmax.round(stack);
+      run_host_kernel(op, stack);
     }
   }
   draws.reset();

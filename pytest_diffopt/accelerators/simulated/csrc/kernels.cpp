@@ -23,10 +23,12 @@
 #include "aliasing.h"
 #include "device.h"
 #include "dry.h"
+#include "half.h"
 #include "ledger.h"
 #include "memory.h"
 #include "rules.h"
 #include "shapes.h"
+#include "syncs.h"
 
 namespace sim {
 namespace {
@@ -127,6 +129,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
     if (to_sim) make_hollow(*to.storage().unsafeGetStorageImpl());
     return to;
   }
+  note_copy_sync(to, from, non_blocking, device);
   // As on CUDA, what crosses is in the target's dtype; one device's own copy and a copy to another are both d2d.
   const auto bytes = static_cast<int64_t>(to.numel() * to.element_size());
   count_copy(
@@ -162,6 +165,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 c10::Scalar local_scalar(const Tensor& tensor) {
+  note_sync("aten::_local_scalar_dense", tensor.device().index(), Waits::InTorch);
   count_copy(tensor.device().index(), Direction::DeviceToHost, static_cast<int64_t>(tensor.element_size()));
   const Running running("aten::_local_scalar_dense");
   KernelScope kernel;
@@ -274,8 +278,11 @@ Tensor run_convolution(
   std::optional<Tensor> host_bias;
   const Tensor host_input = aliases.host(input), host_weight = aliases.host(weight);
   if (bias.has_value() && bias->defined()) host_bias = aliases.host(*bias);
-  const Tensor result = at::convolution(
-      host_input, host_weight, host_bias, stride, padding, dilation, transposed, output_padding, groups);
+  const Widening half({host_input, host_weight, host_bias.value_or(Tensor())});
+  if (host_bias.has_value()) host_bias = half.wide(*host_bias);
+  const Tensor result = half.rounded(at::convolution(
+      half.wide(host_input), half.wide(host_weight), host_bias, stride, padding, dilation, transposed, output_padding,
+      groups));
   const Layout layout(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   const Tensor returned = aliases.device(layout.of(result));
   if (dry())
@@ -304,13 +311,15 @@ std::tuple<Tensor, Tensor, Tensor> run_convolution_backward(
   count_kernel(input.device().index());
   KernelScope kernel;
   const Tensor host_grad = aliases.host(grad), host_input = aliases.host(input), host_weight = aliases.host(weight);
+  const Widening half({host_grad, host_input, host_weight});
   auto [by_input, by_weight, by_bias] = at::convolution_backward(
-      host_grad, host_input, host_weight, bias_sizes, stride, padding, dilation, transposed,
-      output_padding, groups, wanted);
+      half.wide(host_grad), half.wide(host_input), half.wide(host_weight), bias_sizes, stride, padding, dilation,
+      transposed, output_padding, groups, wanted);
   const Layout layout(
       input, weight, std::nullopt, stride, padding, dilation, transposed, output_padding, groups, bias_sizes);
   return {
-      aliases.device(layout.of(by_input)), aliases.device(layout.of(by_weight)), aliases.device(by_bias)};
+      aliases.device(layout.of(half.rounded(by_input))), aliases.device(layout.of(half.rounded(by_weight))),
+      aliases.device(half.rounded(by_bias))};
 }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }

@@ -1,4 +1,4 @@
-"""``torch.sim.dry()``: nothing is computed that depends on values nobody knows, and every byte is counted as otherwise.
+"""``gpu.dry()``: nothing is computed that depends on values nobody knows, and every byte is counted as otherwise.
 
 Inside it a block of the device of more than 64 KiB is *hollow*: it is charged, and there is no memory behind it. An
 operation runs for real unless one of its arguments is hollow; then torch's own meta kernel (or what a library registered
@@ -91,7 +91,7 @@ class dry:
 
     @property
     def blocks_read(self) -> tuple[int, ...]:
-        """The numbers (see ``torch.sim.memory_blocks``) of hollow blocks that were copied to the host: it got noughts."""
+        """The numbers (see ``memory_blocks``) of hollow blocks that were copied to the host: it got zeros."""
         return tuple(_ops.blocks_read()) if _ops.dry() else self._read
 
     _guesses: tuple[str, ...] = ()
