@@ -52,7 +52,7 @@ compilation = { component = "model", backend = "eager" }
 call = { inputs = "models:inputs" }
 """
 
-# Imports torch once and runs each program in a fork: torch keeps the simulated device, and patched libraries, for good.
+# Imports torch once and runs each program in a fork: patched libraries stay patched.
 PROGRAMS = """
 import json, os, sys, traceback
 import torch, accelerate, diffusers
@@ -153,7 +153,8 @@ def test_programs_of_the_guides_run(tmp_path: Path) -> None:
     (tmp_path / "programs.json").write_text(json.dumps(programs))
     (tmp_path / "programs.py").write_text(PROGRAMS)
     ran = run(tmp_path, "-W", "ignore", "programs.py", "programs.json")
-    assert ran.stdout.splitlines() == [f"passed {where}" for where, _ in programs], ran.stderr
+    passed = [line for line in ran.stdout.splitlines() if line.startswith("passed ")]  # beside what they print
+    assert passed == [f"passed {where}" for where, _ in programs], ran.stderr
 
 
 def test_the_first_recipe_is_recorded_reported_and_compared_and_a_page_runs(tmp_path: Path) -> None:
