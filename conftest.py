@@ -38,6 +38,7 @@ _LONGEST_FIRST = (
 
 _SLOW_TOO = (
     *("test_simulated_compilation", "test_dry_pipelines", "test_simulated_pipelines", "test_simulated_build"),
+    "test_simulated_operator_database",
     *("test_backend_faults", "test_attention_faults", "test_baseline_faults"),
 )
 """Not moved: what a compiled module keeps on the device is alive until the next is compiled, and device tests look there."""

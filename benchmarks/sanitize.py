@@ -1,4 +1,4 @@
-"""Runs the tests of the simulated device with its library built under a sanitizer of the compiler, GCC's or Clang's.
+"""Runs the tests of the simulated GPU with its library built under a sanitizer of the compiler, GCC's or Clang's.
 
     python benchmarks/sanitize.py                          # addresses: overruns, use after free
     python benchmarks/sanitize.py undefined -k memory      # undefined behaviour; more arguments are pytest's

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from pytest_diffopt.accelerators.simulated import adapted_libraries
+from pytest_diffopt.accelerators import simulated
+from pytest_diffopt.accelerators.simulated import simulated_cuda
 from pytest_diffopt.libraries import import_libraries
-
-sim: Any = torch.sim  # type: ignore[attr-defined]
 
 SIZES = {"tiny-flux": (32, 32), "tiny-sd": (64, 64), "tiny-wan": (32, 32, 5)}
 REAL_BYTES = (64 * 1024, 8 * 1024)
@@ -26,7 +25,7 @@ REAL_BYTES = (64 * 1024, 8 * 1024)
 def _group(level: str, stream: bool) -> Callable[[Any], object]:
     blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
     return lambda pipeline: pipeline.enable_group_offload(
-        onload_device=torch.device("sim"),
+        onload_device=torch.device("cuda"),
         offload_device=torch.device("cpu"),
         offload_type=level,
         use_stream=stream,
@@ -35,9 +34,9 @@ def _group(level: str, stream: bool) -> Callable[[Any], object]:
 
 
 PLACEMENTS: dict[str, Callable[[Any], object]] = {
-    "whole": lambda pipeline: pipeline.to("sim"),
-    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="sim"),
-    "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device="sim"),
+    "whole": lambda pipeline: pipeline.to("cuda"),
+    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="cuda"),
+    "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device="cuda"),
     "leaf": _group("leaf_level", False),
     "leaf, stream": _group("leaf_level", True),
     "block": _group("block_level", False),
@@ -82,14 +81,14 @@ def cases(replica: str) -> list[Case]:
 
 
 def counters() -> dict[str, int]:
-    stats = sim.memory_stats()
+    stats = torch.cuda.memory_stats()
     return {
-        "peak_bytes": sim.max_memory_allocated(),
-        "live_bytes": sim.memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "live_bytes": torch.cuda.memory_allocated(),
         "allocations": stats["allocation.all.allocated"],
         "allocated_total_bytes": stats["allocated_bytes.all.allocated"],
-        **sim.transfer_stats(),
-        "kernels": sim.kernel_count(),
+        **simulated.transfer_stats(),
+        "kernels": simulated.kernel_count(),
     }
 
 
@@ -117,7 +116,7 @@ def load(replica: str, case: Case) -> Any:
 def measure(replica: str, case: Case) -> dict[str, Any]:
     """The counters after loading and placing, and after a call, above what was there before."""
     gc.collect()
-    before = sim.memory_allocated()
+    before = torch.cuda.memory_allocated()
     begin()
     pipeline = load(replica, case)
     PLACEMENTS[case.placement](pipeline)
@@ -141,19 +140,19 @@ def measure(replica: str, case: Case) -> dict[str, Any]:
 
 
 def begin() -> None:
-    sim.reset_counts()
-    sim.reset_peak_memory_stats()
+    simulated.reset_counts()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def main(replica: str) -> dict[str, Any]:
     """Case → ``"wet"`` and the size of the largest real block → figures; ``"guesses"`` of the dry runs."""
     found: dict[str, Any] = {}
     if any(case.nf4 for case in cases(replica)):
-        load(replica, Case(torch.bfloat16, "whole", nf4=True)).to("sim")  # bitsandbytes keeps its tables for good
+        load(replica, Case(torch.bfloat16, "whole", nf4=True)).to("cuda")  # bitsandbytes keeps its tables for good
     for case in cases(replica):
         row: dict[str, Any] = {"wet": measure(replica, case), "guesses": []}
         for real_bytes in case.real_bytes:
-            with sim.dry(real_bytes=real_bytes) as run:
+            with simulated.dry(real_bytes=real_bytes) as run:
                 row[str(real_bytes)] = measure(replica, case)
             row["guesses"] += run.guesses
         found[str(case)] = row
@@ -163,5 +162,6 @@ def main(replica: str) -> dict[str, Any]:
 if __name__ == "__main__":
     import_libraries()
     gc.freeze()  # to look at what is imported costs half a second each time
-    with adapted_libraries():
+    with simulated_cuda():
+        torch.cuda.init()
         print(json.dumps(main(sys.argv[1])))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pytest_diffopt.accelerators import simulated
 from tests.simulated.random_programs import (
     LARGEST,
     NAMES,
@@ -27,7 +28,6 @@ from tests.simulated.random_programs import (
     _attempt,
     bits,
     requested,
-    sim,
 )
 
 NEEDS_VALUES = ("nonzero", "unique", "masked by itself", "masked", "item", "from numbers")
@@ -120,13 +120,13 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def counters(device: int) -> dict[str, int]:
-    stats = sim.memory_stats(device)
+    stats = torch.cuda.memory_stats(device)
     return {
         "peak_bytes": stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"],
         "allocations": stats["allocation.all.allocated"],
         "frees": stats["allocation.all.freed"],
-        "kernels": sim.kernel_count(device),
-        **sim.transfer_stats(device),
+        "kernels": simulated.kernel_count(device),
+        **simulated.transfer_stats(device),
     }
 
 
@@ -136,13 +136,13 @@ def trace(program: Sequence[Step], real_bytes: int | None, other: Sequence[Seen]
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         if real_bytes is not None:
-            stack.enter_context(sim.dry(real_bytes=real_bytes))
+            stack.enter_context(simulated.dry(real_bytes=real_bytes))
         pool = Pool()
         base = requested()
         for name, numbers in program:
             for index in range(2):
-                sim.reset_counts(index)
-                sim.reset_peak_memory_stats(index)
+                simulated.reset_counts(index)
+                torch.cuda.reset_peak_memory_stats(index)
             raised = pool.step(name, numbers, other[len(seen)].raised if other else "")
             counted = [counters(index) for index in range(2)]
             live = [now - before for now, before in zip(requested(), base, strict=True)]
@@ -156,7 +156,7 @@ def trace(program: Sequence[Step], real_bytes: int | None, other: Sequence[Seen]
 
 
 def _is_known(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "sim" and not sim.is_hollow(tensor)
+    return tensor.device.type == "cuda" and not simulated.is_hollow(tensor)
 
 
 def compare(program: Sequence[Step], real_bytes: int) -> int:
@@ -188,7 +188,7 @@ def compare(program: Sequence[Step], real_bytes: int) -> int:
 
 def differences(wet: list[dict[str, int]], dry: list[dict[str, int]]) -> str:
     return ", ".join(
-        f"sim:{index} {name} {a[name]} and {b[name]}"
+        f"cuda:{index} {name} {a[name]} and {b[name]}"
         for index, (a, b) in enumerate(zip(wet, dry, strict=True))
         for name in a
         if a[name] != b[name]

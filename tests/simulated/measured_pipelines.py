@@ -14,17 +14,15 @@ from typing import Any
 
 import torch
 
-import pytest_diffopt.accelerators.simulated  # noqa: F401
+from pytest_diffopt.accelerators.simulated import simulated_cuda
 from pytest_diffopt.libraries import import_libraries
-
-sim: Any = torch.sim  # type: ignore[attr-defined]
 
 
 def _group(pipeline: Any, level: str, stream: bool) -> None:
-    pipeline.vae.to("sim"), pipeline.text_encoder.to("sim"), pipeline.text_encoder_2.to("sim")
+    pipeline.vae.to("cuda"), pipeline.text_encoder.to("cuda"), pipeline.text_encoder_2.to("cuda")
     blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
     pipeline.transformer.enable_group_offload(
-        onload_device=torch.device("sim"),
+        onload_device=torch.device("cuda"),
         offload_device=torch.device("cpu"),
         offload_type=level,
         use_stream=stream,
@@ -33,9 +31,9 @@ def _group(pipeline: Any, level: str, stream: bool) -> None:
 
 
 PLACEMENTS: dict[str, Callable[[Any], object]] = {
-    "whole": lambda pipeline: pipeline.to("sim"),
-    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="sim"),
-    "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device="sim"),
+    "whole": lambda pipeline: pipeline.to("cuda"),
+    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="cuda"),
+    "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device="cuda"),
     "leaf": lambda pipeline: _group(pipeline, "leaf_level", False),
     "leaf, stream": lambda pipeline: _group(pipeline, "leaf_level", True),
     "block": lambda pipeline: _group(pipeline, "block_level", False),
@@ -80,7 +78,7 @@ def tensors_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "sim":
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cuda":
             storages[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -91,18 +89,18 @@ def measure() -> dict[str, Any]:
     measured: dict[str, Any] = {"host": host}
     for name, place in PLACEMENTS.items():
         gc.collect()
-        base = sim.memory_allocated()
+        base = torch.cuda.memory_allocated()
         pipeline = load()
         weights = sum(t.nbytes for m in modules(pipeline) for t in (*m.parameters(), *m.buffers()))
         place(pipeline)
-        resident, counted = sim.memory_allocated() - base, tensors_bytes() - base
-        sim.reset_peak_memory_stats()
+        resident, counted = torch.cuda.memory_allocated() - base, tensors_bytes() - base
+        torch.cuda.reset_peak_memory_stats()
         digest = hashlib.sha256(image(pipeline).numpy().tobytes()).hexdigest()
-        peak = sim.max_memory_allocated() - base
-        sim.reset_peak_memory_stats()
+        peak = torch.cuda.max_memory_allocated() - base
+        torch.cuda.reset_peak_memory_stats()
         again = hashlib.sha256(image(pipeline).numpy().tobytes()).hexdigest()
-        second_peak = sim.max_memory_allocated() - base
-        after, counted_after = sim.memory_allocated() - base, tensors_bytes() - base
+        second_peak = torch.cuda.max_memory_allocated() - base
+        after, counted_after = torch.cuda.memory_allocated() - base, tensors_bytes() - base
         del pipeline
         gc.collect()
         measured[name] = {
@@ -113,7 +111,7 @@ def measure() -> dict[str, Any]:
             "second_peak_bytes": second_peak,
             "after_bytes": after,
             "counted_after_bytes": counted_after,
-            "left_bytes": sim.memory_allocated() - base,
+            "left_bytes": torch.cuda.memory_allocated() - base,
             "images": [digest, again],
         }
     return measured
@@ -123,4 +121,6 @@ if __name__ == "__main__":
     import_libraries()
     gc.freeze()  # to look at what is imported costs half a second each time
     torch.set_num_threads(int(sys.argv[1]))
-    print(json.dumps(measure()))
+    with simulated_cuda():
+        torch.cuda.init()
+        print(json.dumps(measure()))

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import pytest_diffopt.accelerators.simulated  # noqa: F401
-
-sim: Any = torch.sim  # type: ignore[attr-defined]
+from pytest_diffopt.accelerators import simulated
 
 Step = tuple[str, tuple[int, ...]]
 Tensors = list[torch.Tensor]
@@ -257,7 +255,7 @@ for name, body in {
     "pad": lambda d, x: F.pad(x, (1, 0)),
     "interpolate": lambda d, x: F.interpolate(x, scale_factor=2),
     "layer_norm": lambda d, x: F.layer_norm(x, x.shape[-1:]),
-    "group_norm": lambda d, x: F.group_norm(x, 1),
+    "group_norm": lambda d, x: F.group_norm(x.contiguous(), 1),  # CUDA's result is
     "convolve": _convolve,
     "pool": lambda d, x: F.avg_pool2d(x, 2),
     "linear": lambda d, x: F.linear(x, _normal_like(x, 5, x.shape[-1]), _normal_like(x, 5)),
@@ -453,7 +451,7 @@ operation("gradients, checkpointed", 1, _checkpointed)
 
 MOVES = ("move to another device", "delete")
 NAMES = (*OPERATIONS, *MOVES)
-PLACES = ("sim:0", "sim:1", "cpu")
+PLACES = ("cuda:0", "cuda:1", "cpu")
 
 
 # -------------------------------------------------------------------------------------------------- running them
@@ -499,13 +497,13 @@ class Twins:
         assert len(set(partner.values())) == len(partner), "memory is shared on the device only"
         for index in range(2):
             told = requested()[index] - self.base[index]
-            counted = sum(live.get(f"sim:{index}", {}).values())
-            assert told == counted, f"sim:{index} tells {told} bytes, its tensors hold {counted}"
+            counted = sum(live.get(f"cuda:{index}", {}).values())
+            assert told == counted, f"cuda:{index} tells {told} bytes, its tensors hold {counted}"
 
 
 def requested() -> list[int]:
     """The live bytes of each device as they were asked for, whether or not the caching allocator rounds them."""
-    return [sim.memory_stats(i)["requested_bytes.all.current"] for i in range(2)]
+    return [torch.cuda.memory_stats(i)["requested_bytes.all.current"] for i in range(2)]
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -529,7 +527,7 @@ def run(
         twins, effective = Twins(limited=limit_bytes is not None), 0
         base = twins.base
         for i in range(2):
-            sim.set_memory_limit(None if limit_bytes is None else sim.memory_reserved(i) + limit_bytes, i)
+            simulated.set_memory_limit(None if limit_bytes is None else torch.cuda.memory_reserved(i) + limit_bytes, i)
         for step in program:
             effective += run_step(twins, *step)
             after_step(twins)
@@ -604,7 +602,7 @@ def drop(twins: Twins, chosen: list[int], writes: tuple[int, ...]) -> None:
 
 def _attempt(made: Operation, draw: Draw, operands: Tensors) -> Any:
     try:
-        with sim.device(draw.device if draw.device != "cpu" else 0):
+        with torch.cuda.device(draw.device if draw.device != "cpu" else 0):
             return made.body(draw, *operands)
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
         return error.with_traceback(None)

@@ -12,6 +12,8 @@ import pytest
 
 from tests.simulated.dry_and_wet import SIZES, cases
 
+ENTERS = False  # see conftest.py
+
 pytest.importorskip("diffusers")
 pytest.importorskip("bitsandbytes")
 

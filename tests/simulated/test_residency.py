@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pytest_diffopt import Call, Compilation, Offloading, Recipe, observe
+from pytest_diffopt.accelerators.simulated import SimulatedGpu
 from pytest_diffopt.observation import residency as ledgers
 from pytest_diffopt.observation.observation import MemoryRecord, Observation, Owner, Residency
 
@@ -45,7 +46,7 @@ class Pipeline:
         self.device = torch.device("cpu")
 
     def __call__(self, prompt: str = "", num_inference_steps: int = 2, **_: Any) -> Any:
-        x = self.encoder(torch.full((4, 32), float(len(prompt)), device="sim"))
+        x = self.encoder(torch.full((4, 32), float(len(prompt)), device="cuda"))
         for _ in range(num_inference_steps):
             x = self.denoiser(x)
         return SimpleNamespace(images=x)
@@ -56,7 +57,7 @@ class Leaves(Pipeline):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for module in self.components.values():
-            module.to("sim")
+            module.to("cuda")
         result = super().__call__(*args, **kwargs)
         self.before_leaving()
         for module in self.components.values():
@@ -79,7 +80,7 @@ class MadeThere(Pipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kept = {parameter: parameter.data for parameter in self.encoder.parameters()}
         for parameter in kept:
-            parameter.data = torch.ones(parameter.shape, device="sim")
+            parameter.data = torch.ones(parameter.shape, device="cuda")
         handle = self.encoder.register_forward_hook(lambda *_: self._drop(kept))
         try:
             return super().__call__(*args, **kwargs)
@@ -94,7 +95,7 @@ class MadeThere(Pipeline):
 class RaisesInside(Pipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         super().__call__(*args, **kwargs)
-        torch.empty(1 << 40, dtype=torch.uint8, device="sim")
+        torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
 
 
 def watched(factory: Callable[[], Any], **parts: Any) -> Observation:
@@ -128,9 +129,11 @@ OFFLOADINGS = [
 
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("offloading", OFFLOADINGS)
-def test_the_ledgers_peaks_and_ends_are_the_devices_own(offloading: Offloading | None, caching: bool, sim: Any) -> None:
-    sim.set_caching_allocator(caching)
-    foreign = torch.zeros(100, device="sim")
+def test_the_ledgers_peaks_and_ends_are_the_devices_own(
+    offloading: Offloading | None, caching: bool, gpu: SimulatedGpu
+) -> None:
+    gpu.set_caching_allocator(caching)
+    foreign = torch.zeros(100, device="cuda")
     memory, residency = memory_of(watched(Pipeline, offloading=offloading))
     assert [phase.phase for phase in residency.phases] == ["loading", "call 0", "call 1"]
     result = 4 * 4 * 32  # of the first call, which the observation holds: its memory check leaves that out
@@ -200,11 +203,11 @@ def test_compiled_components_are_known_and_nothing_more_is_traced() -> None:
     assert seen.compiles.graphs == 1
 
 
-def test_the_device_writes_nothing_down_after_a_run(sim: Any) -> None:
+def test_the_device_writes_nothing_down_after_a_run(gpu: SimulatedGpu) -> None:
     watched(Pipeline)
-    before = len(sim.recorded_memory_events())
-    x = torch.zeros(10, device="sim")
-    assert len(sim.recorded_memory_events()) == before > 0
+    before = len(gpu.recorded_memory_events())
+    x = torch.zeros(10, device="cuda")
+    assert len(gpu.recorded_memory_events()) == before > 0
     del x
 
 

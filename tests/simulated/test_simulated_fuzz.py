@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.simulated.random_programs import NAMES, OPERATIONS, Operation, Step, Twins, run, sim
+from pytest_diffopt.accelerators import simulated
+from tests.simulated.random_programs import NAMES, OPERATIONS, Operation, Step, Twins, run
 
 EXAMPLES = os.environ.get("DIFFOPT_FUZZ_EXAMPLES")
 
@@ -34,9 +35,9 @@ def some(examples: int) -> settings:
 
 @pytest.fixture
 def caching() -> Iterator[None]:
-    sim.set_caching_allocator(True)
+    simulated.set_caching_allocator(True)
     yield
-    sim.set_caching_allocator(False)
+    simulated.set_caching_allocator(False)
 
 
 @some(60)
@@ -56,11 +57,15 @@ def test_what_does_not_fit_leaves_everything_as_it_was(program: list[Step], limi
 @pytest.mark.usefixtures("caching")
 def test_the_caching_allocator_loses_no_byte_either(program: list[Step]) -> None:
     run(program)
-    sim.empty_cache()
+    torch.cuda.empty_cache()
     for index in range(2):
-        stats = sim.memory_stats(index)
+        stats = torch.cuda.memory_stats(index)
         # what outlives a test of this process was taken before caching was on
-        assert sim.memory_reserved(index) == sim.memory_allocated(index) == stats["requested_bytes.all.current"]
+        assert (
+            torch.cuda.memory_reserved(index)
+            == torch.cuda.memory_allocated(index)
+            == stats["requested_bytes.all.current"]
+        )
 
 
 def test_every_operation_of_the_programs_can_succeed() -> None:
@@ -104,7 +109,7 @@ def _break(monkeypatch: pytest.MonkeyPatch, on_device: Callable[[torch.Tensor], 
         (lambda x: x.view(7), "only the device raised"),
         (lambda x: x.detach(), "memory is shared on the device only"),
         (lambda x: torch.cat([x, x])[: len(x)], "48 and 96 bytes|a view on one side only"),
-        (lambda x: (x.clone(), LEAKED.append(torch.zeros(3, device="sim")))[0], r"tells \d+ bytes, its tensors hold"),
+        (lambda x: (x.clone(), LEAKED.append(torch.zeros(3, device="cuda")))[0], r"tells \d+ bytes, its tensors hold"),
     ],
 )
 def test_a_difference_between_the_sides_is_noticed(

@@ -12,6 +12,8 @@ import pytest
 
 from tests.simulated.measured_pipelines import PLACEMENTS
 
+ENTERS = False  # see conftest.py
+
 Measured = dict[str, Any]
 
 

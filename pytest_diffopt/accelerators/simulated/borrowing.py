@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -96,6 +98,7 @@ def _borrow_torch_cuda(properties: DeviceProperties, borrowed: contextlib.ExitSt
     cuda._check_bf16_tensor_supported.cache_clear()
     borrowed.callback(cuda._check_bf16_tensor_supported.cache_clear)
     borrowed.callback(_ask_again)
+    _refuse_after_a_fork()
 
 
 _made: dict[str, Any] = {}
@@ -132,6 +135,13 @@ def _ask_again() -> None:
     function.argtypes = [ctypes.c_int8, ctypes.c_bool]
     function.restype = None
     function(_CUDA, True)
+
+
+@functools.cache  # what is registered stays
+def _refuse_after_a_fork() -> None:
+    """As on CUDA: a child that was forked asks ``_lazy_init`` again, which refuses what its parent initialized."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_ask_again)
 
 
 # --------------------------------------------------------------------------------------------------------- storages

@@ -138,8 +138,12 @@ class MemPool:
         if allocator is not None:
             refused("torch.cuda.MemPool with an allocator of its own")()
         MemPool._made += 1
-        self.id = (0, MemPool._made) if is_user_created else (MemPool._made, 0)
+        self._id = (0, MemPool._made) if is_user_created else (MemPool._made, 0)
         self.allocator = None
+
+    @property
+    def id(self) -> tuple[int, int]:
+        return self._id
 
     def use_count(self) -> int:
         return 1
@@ -236,6 +240,7 @@ def _get_current_stream(device: int) -> tuple[int, int, int]:
 
 
 def _get_default_stream(device: int) -> tuple[int, int, int]:
+    _ops.check_device(device)
     return 0, device, _device_type()
 
 
@@ -432,6 +437,27 @@ _UNSUPPORTED = {
     "_cuda_jiterator_compile_and_launch_kernel": "CUDA C++ is not compiled.",
     "_cuda_setCheckpointPoolState": "",
     "_construct_CUDA_Tensor_From_Storage_And_Metadata": "",
+    "_cuda_getHipblasltVersion": "it is no AMD GPU.",
+    **{
+        f"_cuda_{name}": "there is no cuBLAS to tune."
+        for name in (
+            "record_untuned_enable",
+            "tunableop_enable",
+            "tunableop_get_filename",
+            "tunableop_get_max_tuning_duration",
+            "tunableop_get_max_tuning_iterations",
+            "tunableop_get_results",
+            "tunableop_get_rotating_buffer_size",
+            "tunableop_get_validators",
+            "tunableop_read_file",
+            "tunableop_set_filename",
+            "tunableop_set_max_tuning_duration",
+            "tunableop_set_max_tuning_iterations",
+            "tunableop_set_numerical_check_tolerances",
+            "tunableop_set_rotating_buffer_size",
+            "tunableop_tuning_enable",
+        )
+    },
 }
 
 
@@ -495,6 +521,8 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_cudaCachingAllocator_enable": settings.setter("caching"),
         "_cuda_getMemoryMetadata": settings.getter("metadata"),
         "_cuda_setMemoryMetadata": settings.setter("metadata"),
+        "_cuda_memoryMetadataSupported": lambda: False,
+        "_cuda_annotateMemory": lambda address, metadata: None,
         "_cuda_memoryStats": _memory_stats,
         "_cuda_resetAccumulatedMemoryStats": lambda device: _ops.reset_counts(device),
         "_cuda_resetPeakMemoryStats": lambda device: _ops.reset_peaks(device),
@@ -523,4 +551,6 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_tunableop_tuning_is_enabled": lambda: False,
         "_cuda_record_untuned_is_enabled": lambda: False,
     }
-    return known | {name: refused(f"torch._C.{name}", why) for name, why in _UNSUPPORTED.items()}
+    # a CUDA build has functions for a real GPU there
+    others = {name: "" for name in vars(torch._C) if name.startswith("_cuda_") and name not in known} | _UNSUPPORTED
+    return known | {name: refused(f"torch._C.{name}", why) for name, why in others.items()}

@@ -123,8 +123,8 @@ class simulated_cuda:
         global _current, _entered_in
         with _lock:
             borrowed, self._borrowed = self._borrowed, None
-            _current = _entered_in = None
-            if borrowed is not None:
+            if borrowed is not None:  # it was entered
+                _current = _entered_in = None
                 borrowed.close()
 
 

@@ -7,8 +7,10 @@ Inductor would write Triton for it. Here its table of backends has the C++ one f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def _set(owner: Any, name: str, value: object, borrowed: contextlib.ExitStack) -
 
 def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
     """Once ``torch._inductor.compile_fx`` is imported, the last of modules that import each other."""
-    from torch._inductor import codecache, config, cudagraph_utils, scheduler, utils
+    from torch._inductor import codecache, config, cpp_builder, cudagraph_utils, scheduler, utils
     from torch._inductor.codegen import common, cpp, cpp_utils, wrapper
 
     common.init_backend_registration()
@@ -74,9 +76,16 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
 
     _set(scheduler.BaseSchedulerNode, "is_cpu", is_cpu, borrowed)
 
+    # some passes ask whether it is Triton that code for CUDA is written in: it fuses softmax otherwise
+    borrowed.enter_context(config.patch(cuda_backend="cpp"))
+
     gpus = list(utils.GPU_TYPES)
     utils.GPU_TYPES.remove("cuda")
     borrowed.callback(utils.GPU_TYPES.__setitem__, slice(None), gpus)
+
+    # it allocates on the current device, which is another where there are several
+    needs_guard = scheduler.device_need_guard
+    _set(scheduler, "device_need_guard", lambda device: device == "cuda" or needs_guard(device), borrowed)
 
     original = utils.get_current_backend
 
@@ -95,12 +104,13 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
 
     _set(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", no_graphs, borrowed)
 
-    # code for this device is never that of a real GPU of the same name
+    # code for this device is never that of a real GPU of the same name, nor that of another version of this module
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     system = codecache.CacheBase.get_system
 
     def get_system() -> dict[str, Any]:
         theirs = system()
-        return {**theirs, "hash": f"{theirs['hash']}-simulated-cpp"}
+        return {**theirs, "hash": f"{theirs['hash']}-simulated-{version}"}
 
     system.cache_clear()
     borrowed.callback(system.cache_clear)

@@ -1,5 +1,6 @@
 #include "aliasing.h"
 
+#include "device.h"
 #include "dry.h"
 #include "ledger.h"
 #include "memory.h"
@@ -31,6 +32,7 @@ bool hollow(const at::Tensor& tensor) {
 }
 
 Aliases::Aliases(bool dry) : dry_(dry) {
+  check_active();
   if (dry && !sim::dry()) refuse_hollow(Running::operation());
 }
 

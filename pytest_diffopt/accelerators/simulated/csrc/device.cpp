@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -12,6 +13,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "dry.h"
@@ -28,6 +31,7 @@ std::atomic<bool> g_active{false};
 std::atomic<int> g_device_count{1};
 std::atomic<int> g_capability{80};
 thread_local int t_device = 0;
+std::atomic<size_t> g_threads_begun{0};  // that have been given a device once
 thread_local int64_t t_streams[kMaxDevices] = {0};
 std::atomic<int64_t> g_next_stream{1};
 
@@ -76,6 +80,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   Device getDevice() const override { return sim_device(t_device); }
   void setDevice(Device device) const override {
+    static thread_local const bool counted [[maybe_unused]] = (g_threads_begun++, true);
     if (device.has_index()) t_device = device.index();  // each thread of the autograd engine, whether its GPU is there or not
   }
   void uncheckedSetDevice(Device device) const noexcept override {
@@ -228,6 +233,15 @@ struct Engine : torch::autograd::Engine {
     const bool has_threads = !(engine.*&Engine::device_ready_queues_).empty();
     if (ran && !has_threads) (engine.*&Engine::start_device_threads)();
   }
+
+  // A thread of its that still waits for Python's lock when Python ends brings the process down. They have had it when they
+  // are given their device.
+  static void wait_for_device_threads() {
+    auto& engine = torch::autograd::Engine::get_default_engine();
+    const size_t threads = (engine.*&Engine::device_ready_queues_).size();
+    for (int tries = 0; g_threads_begun < threads && tries < 1000; tries++)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 };
 
 // torch made its hooks before this library was loaded, as one object without members: it takes our functions for a while.
@@ -245,6 +259,21 @@ class BorrowedHooks {
   void* theirs_ = nullptr;
 } g_hooks;
 
+// torch initializes a device once, by the hooks of the time, and writes it down where nobody else may look: whoever comes
+// after us initializes it again.
+template <auto kFlags>
+struct Initialized {
+  friend auto& initialized(at::Context& context) { return context.*kFlags; }
+};
+template struct Initialized<&at::Context::init_>;
+auto& initialized(at::Context& context);
+
+void forget_initialization() {
+  auto& flag = initialized(at::globalContext())[static_cast<size_t>(kSim)];
+  std::destroy_at(&flag);
+  std::construct_at(&flag);
+}
+
 const c10::impl::DeviceGuardImplInterface* g_their_guard = nullptr;
 Guard g_guard;
 
@@ -255,6 +284,12 @@ std::atomic<const c10::impl::DeviceGuardImplInterface*>& guard_place() {
 }  // namespace
 
 bool active() { return g_active; }
+
+void check_active() {
+  TORCH_CHECK(
+      g_active,
+      "PyTorch is not linked with support for cuda devices: this tensor is on a simulated GPU that is not in use any more.");
+}
 
 void activate(int64_t devices, int64_t capability) {
   TORCH_CHECK(!g_active, "The simulated GPU is in use already.");
@@ -272,11 +307,13 @@ void activate(int64_t devices, int64_t capability) {
 
 void deactivate() {
   TORCH_CHECK(g_active, "The simulated GPU is not in use.");
+  Engine::wait_for_device_threads();
   g_active = false;
   set_sync_debug_mode(0);
   set_sync_listener(nullptr);
   guard_place().store(g_their_guard);
   g_hooks.give_back();
+  forget_initialization();
   uninstall_allocators();
 }
 

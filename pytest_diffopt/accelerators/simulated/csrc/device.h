@@ -31,6 +31,8 @@ void set_capability(int64_t capability);
 
 // From activate to deactivate the device is there: hooks, guard and allocators of torch's key CUDA are ours.
 bool active();
+// Raises for a tensor that has outlived the GPU that it is on.
+void check_active();
 void activate(int64_t devices, int64_t capability);
 void deactivate();
 

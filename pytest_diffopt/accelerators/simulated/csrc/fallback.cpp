@@ -156,7 +156,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   // torch comes here for the generator's sake alone
   TORCH_CHECK(
       !has_generator || !host_tensor || aliases.index >= 0,
-      "Expected a 'cpu' device type for generator but found 'sim'");
+      "Expected a 'cpu' device type for generator but found 'cuda'");
   if (aliases.index < 0) aliases.index = current_device();
   if (!shaping()) count_kernel(aliases.index);
   if (ledger_open()) credit_operation(aliases.blocks());
@@ -222,28 +222,22 @@ std::vector<std::string> recorded_operations() {
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
-// Operations that have a kernel for the CPU besides a composite one: the composite one would be taken, and its result
-// differs from the host's in the last bits.
-TORCH_LIBRARY_IMPL(aten, CUDA, m) {
-  for (const auto* name :
-       {"native_layer_norm", "native_group_norm", "_stack", "addr", "all.dims", "any.dims", "all.dims_out",
-        "any.dims_out", "linalg__powsum", "native_channel_shuffle", "silu_backward", "mish_backward",
-        // their out= variants resize what they are given, twice: a warning, and bytes that no result holds
-        "mse_loss", "smooth_l1_loss"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
-}
-
-// Structured operations: torch's composite kernel for a third party's device works out shapes, allocates and calls the
-// out= variant, which works them out again. The host's own kernel does it once.
+// Operations that have a kernel for the CPU besides a composite one: the composite one would be taken. Of structured
+// operations it works out shapes, allocates and calls the out= variant, which works them out again; of others its result
+// differs from the host's in the last bits, or it looks for a kernel of CUDA's in a table of its own.
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   auto& dispatcher = c10::Dispatcher::singleton();
-  for (const auto& name : dispatcher.getRegistrationsForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
-    const auto op = dispatcher.findOp(name);
-    // advanced indexing checks its own devices, in words of its own
-    if (name.getNamespace() != "aten" || takes_host_indices(name.name) || !op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU) ||
-        op->hasKernelForDispatchKey(c10::DispatchKey::CUDA))
-      continue;
-    m.impl(toString(name).c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  for (const auto key :
+       {c10::DispatchKey::CompositeExplicitAutogradNonFunctional, c10::DispatchKey::CompositeExplicitAutograd,
+        c10::DispatchKey::CompositeImplicitAutograd}) {
+    for (const auto& name : dispatcher.getRegistrationsForDispatchKey(key)) {
+      const auto op = dispatcher.findOp(name);
+      // advanced indexing checks its own devices, in words of its own
+      if (name.getNamespace() != "aten" || takes_host_indices(name.name) || !op ||
+          !op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || op->hasKernelForDispatchKey(c10::DispatchKey::CUDA))
+        continue;
+      m.impl(toString(name).c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+    }
   }
 }
 

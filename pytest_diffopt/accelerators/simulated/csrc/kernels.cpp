@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "aliasing.h"
+#include "device.h"
 #include "dry.h"
 #include "half.h"
 #include "ledger.h"
@@ -113,6 +114,7 @@ bool all_sizes(IntArrayRef size) {
 
 const Tensor& resize(const Tensor& self, IntArrayRef size, std::optional<c10::MemoryFormat> format) {
   const Running running("aten::resize_");
+  check_active();
   if (all_sizes(size) && c10::multiply_integers(size) > 0)
     grow(
         *self.storage().unsafeGetStorageImpl(),

@@ -14,8 +14,21 @@
 #include "syncs.h"
 
 namespace sim {
+namespace {
 
-TORCH_LIBRARY(pytest_diffopt_sim, m) {
+// Not composite: torch.export puts other kernels in the place of those for a while, and torch.cuda calls these meanwhile.
+struct Functions {
+  torch::Library& library;
+  template <typename Function>
+  void def(const char* name, Function function) {
+    library.def(name, torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, std::move(function)));
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(pytest_diffopt_sim, library) {
+  Functions m{library};
   m.def("device_count", []() -> int64_t { return device_count(); });
   m.def("activate", [](int64_t devices, int64_t capability) { activate(devices, capability); });
   m.def("deactivate", []() { deactivate(); });
