@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +77,29 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True)
+class Syncs:
+    """A place at which the host waited for a GPU.
+
+    Attributes:
+        place: the innermost line that is not torch's, ``"…/x.py:12, in step"``; ``""`` where there is none.
+        called_from: your own line, where that is another one.
+        operation: that waited, ``"aten::_local_scalar_dense"``.
+    """
+
+    place: str
+    called_from: str
+    operation: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Usage:
     """A program and what it took.
 
     Attributes:
         program: its words, the script or module first.
         memory_bytes: of each GPU.
-        syncs: places at which the host waited for the GPU, and how often; None where that is not counted.
+        syncs: where the host waited for the GPUs, the most often first.
     """
 
     program: tuple[str, ...]
@@ -91,7 +107,7 @@ class Usage:
     gpu: str
     memory_bytes: int
     devices: tuple[DeviceUsage, ...]
-    syncs: Mapping[str, int] | None = None
+    syncs: tuple[Syncs, ...] = ()
     out_of_memory: OutOfMemory | None = None
     simulated: bool = field(default=True, init=False)
 
@@ -120,9 +136,12 @@ class Usage:
             ]
             if device.out_of_memory:
                 found.append(f"  {where}out of memory: {_times(device.out_of_memory, 'time', 'times')}")
-        if self.syncs is not None:
-            found.append(f"  host syncs: {sum(self.syncs.values())}")
-            found += [f"    {times:>6} × {place}" for place, times in Counter(self.syncs).most_common(_MOST_PLACES)]
+        found.append(f"  host syncs: {sum(sync.count for sync in self.syncs)}")
+        for sync in self.syncs[:_MOST_PLACES]:
+            caller = f", called from {sync.called_from}" if sync.called_from else ""
+            found.append(f"    {sync.count:>6} × {sync.operation} at {sync.place or 'no line of Python'}{caller}")
+        if len(self.syncs) > _MOST_PLACES:
+            found.append(f"    and {_times(len(self.syncs) - _MOST_PLACES, 'more place', 'more places')}")
         if self.out_of_memory is not None:
             found.append(f"  it ended out of memory; GPU {self.out_of_memory.device} held:")
             found += [f"    {human(owner.bytes):>11}  {_owner_words(owner)}" for owner in self.out_of_memory.owners]
@@ -146,14 +165,16 @@ class Meter:
     """
 
     def __init__(self, gpu: SimulatedGpu, borrowed: contextlib.ExitStack) -> None:
+        from pytest_diffopt.accelerators.simulated.host_syncs import SyncRecording
+
         self._gpu = gpu
         self._lock = threading.Lock()
         self._peaks: list[Counter[str]] = [Counter() for _ in range(gpu.devices)]
         self._sums: list[Counter[str]] = [Counter() for _ in range(gpu.devices)]
         self.out_of_memory: OutOfMemory | None = None
-        gpu.record_memory_events()
-        if hasattr(gpu, "record_syncs"):
-            gpu.record_syncs(True)
+        gpu.record_memory_events(only_live=True)
+        self._syncs = SyncRecording()  # of its own: the program may make one
+        self._syncs.start()
         self._watch_resets(borrowed)
 
     def failed(self, error: BaseException) -> None:
@@ -182,11 +203,14 @@ class Meter:
             )
         return tuple(found)
 
-    def syncs(self) -> Mapping[str, int] | None:
-        """Where the host waited, as ``"file.py:12 aten::item"``, and how often."""
-        if not hasattr(self._gpu, "syncs"):
-            return None
-        return Counter(map(_place_of, self._gpu.syncs()))
+    def syncs(self) -> tuple[Syncs, ...]:
+        """Where the host waited so far, the most often first."""
+        counts: Counter[tuple[str, str, str]] = Counter()
+        for sync in self._syncs.syncs():
+            place = sync.place.place if sync.place is not None else ""
+            user = sync.user.place if sync.user is not None else ""
+            counts[place, "" if user == place else user, sync.operation] += sync.count
+        return tuple(Syncs(*where, times) for where, times in counts.most_common())
 
     def _note_peaks(self, index: int) -> None:
         now, peaks = _counters(index), self._peaks[index]
@@ -236,17 +260,11 @@ def _counters(index: int) -> dict[str, int]:
     return counters(index)
 
 
-def _place_of(sync: Any) -> str:
-    operation = getattr(sync, "operation", "")
-    file, line = getattr(sync, "file", ""), getattr(sync, "line", 0)
-    return f"{file}:{line} {operation}".strip() if file else str(operation or sync)
-
-
 def owners(gpu: SimulatedGpu, device: int) -> Iterator[Owner]:
     """Whose memory is on a GPU now, the most first: weights of modules that are alive, else what an operation made."""
     live: dict[int, tuple[int, str]] = {}
     for event in gpu.recorded_memory_events(device):
-        if event.bytes > 0:
+        if event.bytes > 0 and not (event.low or event.high):  # a workspace is given back at once
             live[event.block] = event.bytes, event.operation
         elif event.bytes < 0:
             live.pop(event.block, None)

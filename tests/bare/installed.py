@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # at its end: the package itself is the installed one
 
+import pytest  # noqa: E402
+
 import pytest_diffopt  # noqa: E402
 from pytest_diffopt.extras import EXTRAS  # noqa: E402
 from tests.docs.test_documentation import PYTHON, as_test, blocks, is_a_program  # noqa: E402
@@ -99,6 +101,22 @@ def test_the_wheel_is_what_is_imported_and_no_extra_is_installed() -> None:
     assert Path(pytest_diffopt.__file__).is_relative_to(sys.prefix)
     installed = {one.metadata["Name"].lower().replace("_", "-") for one in metadata.distributions()}
     assert installed & set(EXTRAS) == set()
+
+
+def test_torch_loads_the_simulated_gpu_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFOPT_GPU", "rtx-4090")
+    ran = run(tmp_path, "-c", "import torch; print(torch.cuda.get_device_name(torch.ones(1).cuda().device))")
+    assert ran.stdout == "NVIDIA GeForce RTX 4090\n", ran.stderr
+
+
+def test_pytest_does_not_warn_that_torch_imported_the_package_before_it(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    ran = run(
+        tmp_path, "-c", "import torch, pytest; raise SystemExit(pytest.main(['-W', 'error', '-p', 'no:cacheprovider']))"
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_recipes_of_the_documentation_and_of_the_suite_are_collected_or_name_the_extra_they_need(

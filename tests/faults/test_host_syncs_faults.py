@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Call, Contract, Offloading, Recipe, Verdict
+from pytest_diffopt import Call, Compilation, Contract, Offloading, Recipe, Verdict, observe
 from pytest_diffopt.accelerators import select
+from pytest_diffopt.accelerators.simulated import SyncRecording
 from pytest_diffopt.checks.session import Session
 
 from .conftest import WIDTH, Block, Healthy, inputs
@@ -313,6 +316,65 @@ def test_what_offloading_waits_for_is_apart(session: Session) -> None:
     assert found.status == "passed", found.text
     assert found.figures["offloading"] > 100
     assert found.figures["in_steps"] == 0
+
+
+class Copying(Loop):
+    """Its loop steps a copy of its scheduler, as some of diffusers' pipelines do."""
+
+    def __call__(self, prompt: str, num_inference_steps: int = STEPS) -> dict[str, torch.Tensor]:
+        original = self.components["scheduler"]
+        assert "noise" in inspect.signature(original.step).parameters
+        self.components["scheduler"] = copy.deepcopy(original)
+        try:
+            result = super().__call__(prompt, num_inference_steps)
+        finally:
+            copied, self.components["scheduler"] = self.components["scheduler"], original
+        assert (original.at, copied.at) == (0, STEPS)
+        return result
+
+
+def test_a_loop_over_a_copy_of_the_scheduler_has_a_step_for_each_run_of_the_denoiser(session: Session) -> None:
+    found = judged(session, lambda: Copying(Reads()))
+    assert (found.status, found.figures["most_in_a_step"], found.figures["steps"]) == ("failed", 1, 2 * 2 * STEPS)
+
+
+@pytest.mark.parametrize("model", [Reads, Healthy], ids=lambda model: model.__name__)
+def test_compiled_code_waits_as_eager_code_does(session: Session, model: type[nn.Module]) -> None:
+    compiled = Compilation("denoiser", backend="eager")
+    found = judged(session, lambda: Loop(model()), compilation=compiled)
+    assert found.figures["most_in_a_step"] == (2 if model is Reads else 0), found.text
+    if model is Reads:
+        assert "denoiser " in found.evidence[0]
+        assert "Reads.forward" in found.evidence[0]
+
+
+def test_the_scheduler_is_as_it_was_after_the_run(session: Session) -> None:
+    made: list[Loop] = []
+
+    def factory() -> Loop:
+        made.append(Loop())
+        return made[-1]
+
+    observe(Recipe("waits", factory, call=Call(num_inference_steps=STEPS)), accelerator=select("sim"))
+    assert all("step" not in vars(one.components["scheduler"]) for one in made)
+
+
+def test_whoever_records_around_a_recipe_goes_on_recording(session: Session) -> None:
+    accelerator = select("sim")
+    with accelerator.in_use():
+        outer = SyncRecording()
+        outer.start()
+        found = observe(
+            Recipe("waits", lambda: Loop(Reads()), call=Call(num_inference_steps=STEPS)), accelerator=accelerator
+        )
+        torch.ones((), device="cuda").item()
+        outer.stop()
+    assert found.host_syncs is not None
+    assert found.host_syncs.per_step(1) == [2] * STEPS
+    last = outer.syncs()[-1]
+    assert last.place is not None
+    assert last.place.function == "test_whoever_records_around_a_recipe_goes_on_recording"
+    assert sum(sync.count for sync in outer.syncs()) > 3 * 2 * STEPS
 
 
 class MovesItsBlock(Healthy):

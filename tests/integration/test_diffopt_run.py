@@ -119,6 +119,9 @@ def test_what_it_took_is_said_and_written(pytester: pytest.Pytester) -> None:
     assert [device["peak_allocated_bytes"] for device in data["devices"]] == [300 * MIB, 20 * MIB]
     assert [device["out_of_memory"] for device in data["devices"]] == [0, 1]
     assert data["out_of_memory"] is None
+    syncs = [(sync["operation"], sync["count"], sync["place"]) for sync in data["syncs"]]
+    assert ("aten::copy_ to the host", 1, f"{script}:16, in <module>") in syncs
+    assert f"  host syncs: {sum(count for _, count, _ in syncs)}" in found.errlines
 
 
 def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> None:
@@ -127,6 +130,7 @@ def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> N
         "program.py",
         """
         import torch
+        from pytest_diffopt.accelerators import simulated
 
         class Denoiser(torch.nn.Sequential):
             pass
@@ -134,6 +138,9 @@ def test_out_of_memory_names_whose_memory_it_was(pytester: pytest.Pytester) -> N
         def denoise():
             model = Denoiser(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 1024)).to("cuda")
             x = torch.ones(1024, 1024, device="cuda")
+            for _ in range(50_000):  # what comes and goes is forgotten
+                torch.empty(1, device="cuda")
+            assert len(simulated.recorded_memory_events()) < 80_000
             kept = []
             while True:
                 kept.append(model(x))

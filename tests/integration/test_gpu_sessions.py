@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -96,6 +97,45 @@ def test_a_suite_for_cuda_skips_without_the_option_and_runs_with_it(
     }
 
 
+def test_recipes_and_fixtures_use_the_gpu_of_the_session_and_reports_call_it_simulated(
+    pytester: pytest.Pytester, run_pytest: RunPytest
+) -> None:
+    pytester.makepyfile(
+        models="""
+        import torch
+
+        def net(): return torch.nn.Sequential(torch.nn.Linear(64, 64))
+        def inputs(): return {"input": torch.ones(2, 64)}
+        """,
+        test_own="""
+        import torch
+        from pytest_diffopt import max_memory, requires_gpu
+
+        @requires_gpu(simulated=True, min_memory="2GiB")
+        @max_memory("20KiB")
+        def test_ours(accelerator):
+            assert (accelerator.kind, torch.cuda.device_count()) == ("sim", 1)
+            torch.nn.Linear(64, 64, device=accelerator.device)
+
+        @requires_gpu
+        def test_of_a_real_gpu(): pass
+        """,
+    )
+    pytester.makefile(
+        ".recipes.toml",
+        net='[recipe.net]\npipeline = "models:net"\ncall = { inputs = "models:inputs" }\ncontract = { max_memory = "1MiB" }\n',
+    )
+    result = run_pytest("--diffopt-gpu=t4", "--diffopt-gpu-memory=2GiB", "--diffopt-report=report.json", "-rs")
+    outcomes = result.parseoutcomes()
+    assert (outcomes["skipped"], outcomes.get("failed")) == (1, None), result.stdout.str()
+    run = json.loads((pytester.path / "report.json").read_text(encoding="utf-8"))
+    assert [(one["accelerator"], one["device"]) for one in run["accelerators"]] == [("sim", "simulated Tesla T4")]
+    refused = run_pytest("--diffopt-gpu=t4", "--diffopt-device=cuda", "net.recipes.toml")
+    refused.stdout.fnmatch_lines(
+        ["*device: found 'cuda', which this machine does not have; here it takes: auto, sim, cpu*"]
+    )
+
+
 @pytest.mark.usefixtures("entry_point_of_torch")
 def test_workers_of_xdist_are_on_the_gpu_of_the_ini_file(suite: pytest.Pytester, run_pytest: RunPytest) -> None:
     pytest.importorskip("xdist")
@@ -151,7 +191,6 @@ def test_it_is_given_back_after_the_session_and_after_a_usage_error(
         import torch
 
         plugin = {list(plugin_arguments)!r}
-        # torch imported our package: pytest says of no module of it that it came too early
         assert pytest.main([*plugin, "-W", "error", "--diffopt-gpu=rtx-4090", "test_it.py"]) == 0
         assert pytest.main([*plugin, "--diffopt-gpu=rtx-4090", "--no-such-option"]) == 4
         assert not torch.cuda.is_available() and torch.cuda.device_count() == 0

@@ -421,7 +421,9 @@ def test_attention_has_the_bits_of_the_host(case: str, backend: SDPBackend | Non
         torch.testing.assert_close(device.cpu(), host)
     else:
         assert_same(host.contiguous(), device.contiguous())
-    if backend is None and host.dim() == 4 and case != "last stride not 1":  # one row of heads after the other
+    if (
+        backend is None and host.dim() == 4 and case not in ("last stride not 1", "grouped queries")
+    ):  # one row of heads after the other
         assert device.transpose(1, 2).is_contiguous()
 
 

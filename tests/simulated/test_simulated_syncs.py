@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -280,3 +282,33 @@ def test_other_threads_are_heard(gpu: SimulatedGpu) -> None:
         thread.join()
     gpu.record_syncs(False)
     assert sum(sync.count for sync in gpu.syncs()) == 200
+
+
+LEFT = """
+import torch
+from pytest_diffopt.accelerators.simulated import simulated_cuda
+
+for time in range(2):
+    with simulated_cuda("rtx-4090") as gpu:
+        assert torch.cuda.get_sync_debug_mode() == 0
+        kept = torch.ones(3, device="cuda")
+        found = gpu.syncs()
+        kept.sum().item()
+        assert gpu.syncs() == found  # nobody records yet
+        gpu.record_syncs()
+        torch.cuda.memory._record_memory_history()
+        torch.ones(3, device="cuda").sum().item()
+        assert len(gpu.syncs()) == 1
+        torch.cuda.set_sync_debug_mode("error")
+    del kept  # its memory is given back after the GPU is
+with simulated_cuda("rtx-4090") as gpu:
+    gpu.record_syncs()
+    torch.cuda.memory._record_memory_history()
+    kept = torch.ones(3, device="cuda")
+    print("whole")
+"""
+
+
+def test_recordings_end_with_the_gpu_and_with_the_process() -> None:
+    ran = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "whole\n", "")

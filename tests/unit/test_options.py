@@ -50,6 +50,22 @@ def test_options_of_pages_are_parsed(name: str, given: str, value: object) -> No
     assert option.parse(given) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("gpu", "NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("gpu", " ", None),
+        ("gpu_devices", "16", 16),
+        ("gpu_memory", "12GiB", 12 * 2**30),
+        ("gpu_memory", "1024", 1024),
+    ],
+)
+def test_options_of_the_gpu_are_parsed(name: str, given: str, value: object) -> None:
+    (option,) = (option for option in OPTIONS if option.name == name)
+    assert option.parse is not None
+    assert option.parse(given) == value
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "soon"])
 def test_a_timeout_is_a_time(given: str) -> None:
     (option,) = (option for option in OPTIONS if option.name == "docs_timeout")

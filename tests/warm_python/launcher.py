@@ -108,6 +108,7 @@ def server_of(interpreter: str, folder: str, owner: str, *, at_once: bool) -> so
 def main() -> None:
     interpreter, folder, owner, *arguments = sys.argv[1:]
     asked = is_worth_it(arguments) and os.path.isdir(folder)
+    asked = asked and "DIFFOPT_GPU" not in os.environ  # such a GPU is there from the import of torch on, and not forked
     connection = server_of(interpreter, folder, owner, at_once=has_workers(arguments)) if asked else None
     if connection is None:
         os.execv(interpreter, [interpreter, *arguments])

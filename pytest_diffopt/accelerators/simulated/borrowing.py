@@ -44,8 +44,10 @@ def set_for_a_while(owner: Any, name: str, value: object, borrowed: contextlib.E
 
 def borrow(properties: DeviceProperties, devices: int, borrowed: contextlib.ExitStack) -> None:
     """Make torch's Python know the simulated GPU, until ``borrowed`` is closed."""
-    for name, value in boundary.names(properties, devices).items():
+    names = boundary.names(properties, devices)
+    for name, value in names.items():
         set_for_a_while(torch._C, name, value, borrowed)
+    borrowed.callback(names["_cuda_record_memory_history"], None)
     _borrow_torch_cuda(properties, borrowed)
     _borrow_storages(borrowed)
     _borrow_others(borrowed)

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from pytest_diffopt.accelerators.simulated.memory_history import History
+
 _ops = torch.ops.pytest_diffopt_sim
 
 CUDA_VERSION = "13.0"
@@ -345,7 +347,6 @@ class _Settings:
             "caching": True,
             "cudnn_benchmark_limit": 10,
             "conv_benchmark_empty_cache": True,
-            "metadata": "",
             "cublas": 8519680,
             "cublas_lt": 1048576,
         }
@@ -420,7 +421,6 @@ class Ranges:
 # ------------------------------------------------------------------------------------------------------- all names
 
 _UNSUPPORTED = {
-    "_cuda_allocationTraceback": "",
     "_cuda_attach_out_of_memory_observer": "",
     "_cuda_beginAllocateCurrentStreamToPool": "",
     "_cuda_changeCurrentAllocator": "its memory is the host's.",
@@ -463,7 +463,7 @@ _UNSUPPORTED = {
 
 def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
     """Everything of ``torch._C`` that a CUDA build has and torch's Python asks for, by name."""
-    settings = _Settings()
+    settings, history = _Settings(), History(devices)
     home = os.getpid()
 
     def init() -> None:
@@ -519,10 +519,9 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cudnn_set_conv_benchmark_empty_cache": settings.setter("conv_benchmark_empty_cache"),
         "_cuda_cudaCachingAllocator_is_enabled": settings.getter("caching"),
         "_cuda_cudaCachingAllocator_enable": settings.setter("caching"),
-        "_cuda_getMemoryMetadata": settings.getter("metadata"),
-        "_cuda_setMemoryMetadata": settings.setter("metadata"),
-        "_cuda_memoryMetadataSupported": lambda: False,
-        "_cuda_annotateMemory": lambda address, metadata: None,
+        "_cuda_getMemoryMetadata": lambda: history.metadata,
+        "_cuda_setMemoryMetadata": lambda metadata: setattr(history, "metadata", metadata),
+        "_cuda_memoryMetadataSupported": lambda: True,
         "_cuda_memoryStats": _memory_stats,
         "_cuda_resetAccumulatedMemoryStats": lambda device: _ops.reset_counts(device),
         "_cuda_resetPeakMemoryStats": lambda device: _ops.reset_peaks(device),
@@ -534,15 +533,11 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_setMemoryFraction": _set_memory_fraction,
         "_cuda_getMemoryFraction": _get_memory_fraction,
         "_cuda_getAllocatorBackend": lambda: "native",
-        "_cuda_isHistoryEnabled": lambda: False,
-        "_cuda_record_memory_history": lambda *args, **kwargs: None,
-        "_cuda_record_memory_history_legacy": lambda *args, **kwargs: None,
-        "_cuda_memorySnapshot": lambda pool=None: {
-            "segments": [],
-            "device_traces": [[] for _ in range(devices)],
-            "allocator_settings": {},
-            "external_annotations": [],
-        },
+        "_cuda_isHistoryEnabled": history.is_enabled,
+        "_cuda_record_memory_history": history.record,
+        "_cuda_record_memory_history_legacy": history.record_legacy,
+        "_cuda_memorySnapshot": history.snapshot,
+        "_cuda_allocationTraceback": history.frames_of,
         "_cuda_beginAllocateToPool": lambda device, pool: None,
         "_cuda_beginAllocateCurrentThreadToPool": lambda device, pool: None,
         "_cuda_endAllocateToPool": lambda device, pool: None,

@@ -115,14 +115,14 @@ def _heard(operation: bytes, device: int, in_torch: int) -> None:
             recording.add(operation.decode(), device, bool(in_torch), tuple(frames))
 
 
-def _leave_alone(function: Callable[..., object]) -> None:
+def leave_alone(function: Callable[..., object]) -> None:
     """The GPU calls it in the midst of code that Dynamo compiles: Dynamo is to compile neither it nor what it calls."""
     evaluation: Any = torch._C._dynamo.eval_frame
     skip = evaluation._FrameAction.SKIP
     evaluation.set_code_exec_strategy(function.__code__, evaluation._FrameExecStrategy(skip, skip))
 
 
-_leave_alone(_heard)
+leave_alone(_heard)
 _listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)(_heard)
 _address = ctypes.cast(_listener, ctypes.c_void_p).value
 

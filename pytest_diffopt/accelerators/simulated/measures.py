@@ -115,9 +115,12 @@ class MemoryEvent(NamedTuple):
     high: int = 0
 
 
-def record_memory_events(enabled: bool = True) -> None:
-    """Begin (forgetting the last recording) or end to write down what happens to memory."""
-    _ops.open_ledger(enabled)
+def record_memory_events(enabled: bool = True, *, only_live: bool = False) -> None:
+    """Begin (forgetting the last recording) or end to write down what happens to memory.
+
+    With ``only_live`` the events of blocks that were freed, and copies, may be forgotten at any time: for hours of them.
+    """
+    _ops.open_ledger(enabled, only_live)
 
 
 def mark_memory_events(mark: int) -> None:

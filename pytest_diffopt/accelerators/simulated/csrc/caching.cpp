@@ -37,6 +37,8 @@ Block* CachingModel::take(int64_t bytes, int64_t room) {
     const int64_t segment = segment_size(size);
     if (segment > room) return nullptr;
     block = new Block{next_address_, segment, small};
+    segments_.insert(block);
+    if (keeps_segments) segments_seen.emplace_back(block->address, segment);
     next_address_ += segment;
     reserved_ += segment;
     made_++;
@@ -85,6 +87,8 @@ void CachingModel::empty() {
       }
       reserved_ -= block->size;
       freed_++;
+      segments_.erase(block);
+      if (keeps_segments) segments_seen.emplace_back(block->address, -block->size);
       at = unused->erase(at);
       delete block;
     }

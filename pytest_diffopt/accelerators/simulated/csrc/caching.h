@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <set>
+#include <utility>
+#include <vector>
 
 namespace sim {
 
@@ -24,6 +26,12 @@ class CachingModel {
   // Gives whole unused segments back to the device.
   void empty();
 
+  // The first block of each segment.
+  const std::set<Block*>& segments() const { return segments_; }
+  // While `keeps_segments`: address and bytes of those that came, and of those that went, negative.
+  bool keeps_segments = false;
+  std::vector<std::pair<int64_t, int64_t>> segments_seen;
+
   int64_t reserved() const { return reserved_; }
   int64_t segments_made() const { return made_; }
   int64_t segments_freed() const { return freed_; }
@@ -40,6 +48,7 @@ class CachingModel {
   void merge(Block* into, Block* gone);
 
   Pool small_, large_;
+  std::set<Block*> segments_;
   int64_t reserved_ = 0, made_ = 0, freed_ = 0;
   int64_t next_address_ = 0;
 };

@@ -311,6 +311,7 @@ void deactivate() {
   g_active = false;
   set_sync_debug_mode(0);
   set_sync_listener(nullptr);
+  set_memory_listener(nullptr);
   guard_place().store(g_their_guard);
   g_hooks.give_back();
   forget_initialization();

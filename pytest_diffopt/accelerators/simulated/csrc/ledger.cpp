@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "caching.h"
 #include "memory.h"
@@ -17,6 +18,7 @@ std::atomic<bool> g_ledger_open{false};
 namespace {
 
 constexpr int64_t kEmptiedCache = -1;  // stands for the device of such an event
+constexpr size_t kFewEvents = 1 << 16;
 
 struct Ledger {
   std::mutex lock;
@@ -25,6 +27,7 @@ struct Ledger {
   std::unordered_map<std::string, int64_t> numbers{{"", 0}};
   int64_t mark = 0;
   int64_t recording = 0;  // how many there were
+  size_t most_events = std::numeric_limits<size_t>::max();  // before those of blocks that are gone are forgotten
 };
 Ledger& ledger() {
   static auto* the = new Ledger();  // never destroyed: tensors outlive static destructors
@@ -46,9 +49,23 @@ int64_t number_of_operation(Ledger& the) {
   return at->second;
 }
 
+// The lock is held.
+void forget_freed(Ledger& the) {
+  std::unordered_set<int64_t> freed;
+  for (const auto& event : the.events)
+    if (event.bytes < 0) freed.insert(event.block);
+  std::vector<LedgerEvent> live;
+  for (const auto& event : the.events)
+    if (event.bytes > 0 && !event.low && !event.high && !freed.count(event.block)) live.push_back(event);
+  the.events.swap(live);
+  the.most_events = 2 * the.events.size() + kFewEvents;
+  the.recording++;  // what waits for its operation knows events by their places
+}
+
 void add(int64_t block, int64_t bytes, int64_t source, bool pinned, int device) {
   auto& the = ledger();
   std::lock_guard<std::mutex> held(the.lock);
+  if (the.events.size() >= the.most_events) forget_freed(the);
   the.events.push_back({block, bytes, source, pinned, number_of_operation(the), the.mark, device, 0, 0});
   const std::string_view name = Running::operation();
   if (bytes <= 0 || (name != "aten::empty" && name != "aten::empty_strided")) return;
@@ -58,7 +75,7 @@ void add(int64_t block, int64_t bytes, int64_t source, bool pinned, int device) 
 
 }  // namespace
 
-void open_ledger(bool open) {
+void open_ledger(bool open, bool only_live) {
   auto& the = ledger();
   std::lock_guard<std::mutex> held(the.lock);
   if (open) {
@@ -67,6 +84,7 @@ void open_ledger(bool open) {
     the.numbers = {{"", 0}};
     the.mark = 0;
     the.recording++;
+    the.most_events = only_live ? kFewEvents : std::numeric_limits<size_t>::max();
   }
   g_ledger_open = open;
 }

@@ -36,8 +36,9 @@ struct LedgerEvent {
 extern std::atomic<bool> g_ledger_open;
 inline bool ledger_open() { return g_ledger_open.load(std::memory_order_relaxed); }
 
-// Begins (forgetting the last recording) or ends to write events down.
-void open_ledger(bool open);
+// Begins (forgetting the last recording) or ends to write events down; with only_live the blocks that are gone again are
+// forgotten from time to time, so that a recording may go on for hours.
+void open_ledger(bool open, bool only_live);
 // Stands in every later event.
 void mark_ledger(int64_t mark);
 void note_memory(int64_t block, int64_t bytes, int device);

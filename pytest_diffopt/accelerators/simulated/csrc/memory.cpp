@@ -10,8 +10,10 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <list>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include <sys/mman.h>
 
@@ -26,7 +28,15 @@ namespace {
 constexpr int64_t kDefaultCapacity = int64_t(16) << 30;
 constexpr int kHost = -1;
 
+// A block that a device holds.
+struct Live {
+  int64_t charged = 0, requested = 0;
+  const Block* block = nullptr;       // null if it was not taken through the cache
+  std::atomic<int64_t> address{0};    // where its data begins; 0 for a kernel's workspace
+};
+
 struct Memory {
+  std::list<Live> live;
   Counters counters;
   CachingModel cache;
   int64_t uncached = 0;  // reserved for blocks that were taken while caching was off
@@ -57,6 +67,7 @@ struct Header {
   bool counted;    // among what the host holds: taken while the device was dry
   bool unknown;    // on the host: something was copied into it that nobody computed
   int64_t mapped;  // pages of its own, so many bytes; else 0
+  std::list<Live>::iterator live;  // of a device's block
 };
 constexpr size_t kHeaderBytes = 64;  // keeps torch's alignment of host memory
 static_assert(sizeof(Header) <= kHeaderBytes);
@@ -128,6 +139,11 @@ void charge(Header& header, int device, int64_t bytes) {
   header.block = block;
   header.device = device;
   if (!block) memory.uncached += charged;
+  auto& live = memory.live.emplace_front();
+  live.charged = charged;
+  live.requested = bytes;
+  live.block = block;
+  header.live = memory.live.begin();
   c.allocated += charged;
   c.requested += bytes;
   c.allocated_total += charged;
@@ -145,6 +161,7 @@ void discharge(const Header& header) {
   c.allocated -= header.charged;
   c.requested -= header.requested;
   c.frees++;
+  memory.live.erase(header.live);
   if (header.block) {
     memory.cache.give_back(header.block);
   } else {
@@ -152,6 +169,56 @@ void discharge(const Header& header) {
   }
   update_reserved(memory);
   if (ledger_open()) note_memory(header.number, -header.charged, header.device);
+}
+
+void count_host(const Header& header, int64_t sign);
+
+std::atomic<MemoryListener> g_listener{nullptr};
+
+int64_t address_of(const Live& live) { return live.block ? kModelAddresses + live.block->address : live.address.load(); }
+
+// No lock is held: who listens may free a block.
+void tell(MemoryAction action, int device, int64_t address, int64_t bytes, int64_t free = 0) {
+  if (const auto listener = g_listener.load()) listener(static_cast<int>(action), device, address, bytes, free);
+}
+
+void tell_segments(int device) {
+  if (!g_listener.load()) return;
+  std::vector<std::pair<int64_t, int64_t>> seen;
+  {
+    std::lock_guard<std::mutex> held(lock());
+    seen.swap(memories()[device].cache.segments_seen);
+  }
+  for (const auto& [address, bytes] : seen)
+    tell(bytes > 0 ? MemoryAction::SegmentAlloc : MemoryAction::SegmentFree, device, kModelAddresses + address,
+         std::abs(bytes));
+}
+
+// A block that was charged has its place now.
+void settle(const Header& header, const void* data) {
+  header.live->address = static_cast<int64_t>(reinterpret_cast<intptr_t>(data));
+  if (!g_listener.load()) return;
+  const int64_t address = address_of(*header.live);
+  if (header.block) {
+    tell_segments(header.device);
+  } else {
+    tell(MemoryAction::SegmentAlloc, header.device, address, header.charged);
+  }
+  tell(MemoryAction::Alloc, header.device, address, header.charged);
+}
+
+// Out of memory is told once the lock is free.
+void charge_alone(Header& header, int device, int64_t bytes) {
+  try {
+    std::lock_guard<std::mutex> held(lock());
+    const Header before = header;
+    charge(header, device, bytes);
+    if (before.counted) count_host(before, -1);
+  } catch (const c10::OutOfMemoryError&) {
+    tell_segments(device);
+    tell(MemoryAction::OutOfMemory, device, 0, bytes, std::max<int64_t>(capacity(device) - counters(device).reserved, 0));
+    throw;
+  }
 }
 
 // The lock is held. What the host's allocators hold, with its peak; counted while the device is dry alone, for the time
@@ -167,12 +234,19 @@ void count_host(const Header& header, int64_t sign) {
 
 void give_back(const Header& header) {
   if (header.device == kHost && !header.counted) return;
-  std::lock_guard<std::mutex> held(lock());
   if (header.device == kHost) {
+    std::lock_guard<std::mutex> held(lock());
     count_host(header, -1);
-  } else {
+    return;
+  }
+  const int64_t address = g_listener.load() ? address_of(*header.live) : 0;
+  {
+    std::lock_guard<std::mutex> held(lock());
     discharge(header);
   }
+  if (!address) return;
+  tell(MemoryAction::Free, header.device, address, header.charged);
+  if (!header.block) tell(MemoryAction::SegmentFree, header.device, address, header.charged);
 }
 
 void release(void* data) {
@@ -190,11 +264,13 @@ void release(void* data) {
 Header charged_header(size_t bytes, int device, bool pinned) {
   Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost, pinned, dry(), false, 0};
   if (device == kHost && !header.counted) return header;
-  std::lock_guard<std::mutex> held(lock());
   if (device == kHost) {
+    std::lock_guard<std::mutex> held(lock());
     count_host(header, 1);
   } else {
-    charge(header, device, static_cast<int64_t>(bytes));
+    const bool counted = std::exchange(header.counted, false);
+    charge_alone(header, device, static_cast<int64_t>(bytes));
+    header.counted = counted;
   }
   return header;
 }
@@ -216,6 +292,7 @@ void* take(size_t bytes, int device, bool pinned = false) {
   }
   void* data = static_cast<char*>(base) + kHeaderBytes;
   header_of(data) = header;
+  if (device != kHost) settle(header, data);
   // what is small enough to be computed is the same on every dry run
   if (dry() && device != kHost) std::memset(data, 0, bytes);
   return data;
@@ -402,7 +479,9 @@ c10::DataPtr take_hollow(size_t bytes, int device) {
   const c10::Device on = on_device(device);
   if (bytes == 0) return {nullptr, nullptr, &release, on};
   void* address = hollow_address(bytes);
-  return {address, new Hollow{charged_header(bytes, device, false)}, &release_hollow, on};
+  auto* block = new Hollow{charged_header(bytes, device, false)};
+  settle(block->header, address);
+  return {address, block, &release_hollow, on};
 }
 
 void make_hollow(c10::StorageImpl& storage) {
@@ -411,6 +490,7 @@ void make_hollow(c10::StorageImpl& storage) {
   void* address = hollow_address(static_cast<size_t>(known->requested));
   auto* block = new Hollow{*known};
   block->header.mapped = 0;
+  if (block->header.device != kHost) block->header.live->address = static_cast<int64_t>(reinterpret_cast<intptr_t>(address));
   {
     std::lock_guard<std::mutex> held(lock());
     known->device = kHost;  // what is freed now is the memory alone: the charge goes on with the block
@@ -467,10 +547,8 @@ c10::DataPtr adopt(c10::StorageImpl& host, int device) {
   if (host.data_ptr().get_deleter() == &release) {
     auto& header = header_of(host.mutable_data());
     if (header.device == kHost) {
-      std::lock_guard<std::mutex> held(lock());
-      const Header before = header;
-      charge(header, device, static_cast<int64_t>(bytes));
-      count_host(before, -1);
+      charge_alone(header, device, static_cast<int64_t>(bytes));
+      settle(header, host.data());
     }
     c10::DataPtr taken = host.set_data_ptr(c10::DataPtr(nullptr, c10::Device(c10::DeviceType::CPU)));
     taken.unsafe_set_device(on);
@@ -530,12 +608,49 @@ void reset_counts(int device) {
 }
 
 void empty_cache() {
-  std::lock_guard<std::mutex> held(lock());
-  if (ledger_open()) note_empty_cache();
-  for (auto& memory : memories()) {
-    memory.cache.empty();
-    update_reserved(memory);
+  {
+    std::lock_guard<std::mutex> held(lock());
+    if (ledger_open()) note_empty_cache();
+    for (auto& memory : memories()) {
+      memory.cache.empty();
+      update_reserved(memory);
+    }
   }
+  for (int device = 0; device < kMaxDevices; device++) tell_segments(device);
+}
+
+void set_memory_listener(MemoryListener listener) {
+  std::lock_guard<std::mutex> held(lock());
+  for (auto& memory : memories()) {
+    memory.cache.keeps_segments = listener != nullptr;
+    memory.cache.segments_seen.clear();
+  }
+  g_listener = listener;
+}
+
+std::vector<BlockRecord> block_records(int device) {
+  std::lock_guard<std::mutex> held(lock());
+  auto& memory = memories()[device];
+  std::map<const Block*, int64_t> requested;
+  std::vector<BlockRecord> records;
+  for (const auto& live : memory.live) {
+    const int64_t address = live.address;
+    if (live.block) {
+      requested[live.block] = live.requested;
+    } else if (address) {
+      records.push_back({address, live.charged, live.charged <= (1 << 20), address, live.charged, live.requested, true});
+    }
+  }
+  for (const Block* head : memory.cache.segments()) {
+    int64_t whole = 0;
+    for (const Block* block = head; block; block = block->after) whole += block->size;
+    const int64_t begin = kModelAddresses + head->address;
+    for (const Block* block = head; block; block = block->after)
+      records.push_back(
+          {begin, whole, head->small, kModelAddresses + block->address, block->size,
+           block->taken ? requested[block] : 0, block->taken});
+  }
+  return records;
 }
 
 int64_t capacity(int device) {

@@ -5,8 +5,24 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace sim {
+
+// What happens to a device's memory, as torch's history of it has it.
+enum class MemoryAction { Alloc, Free, SegmentAlloc, SegmentFree, OutOfMemory };
+// Called with an action, the device, an address, bytes and, out of memory, the bytes that are free; null for nobody.
+using MemoryListener = void (*)(int action, int device, int64_t address, int64_t bytes, int64_t free);
+void set_memory_listener(MemoryListener listener);
+
+// A block in a segment; without the caching allocator each is a segment of its own, and has its data's address.
+struct BlockRecord {
+  int64_t segment, segment_bytes, small;
+  int64_t address, bytes, requested, taken;
+};
+std::vector<BlockRecord> block_records(int device);
+// Where the addresses of the caching allocator's book-keeping begin: nothing lies there.
+constexpr int64_t kModelAddresses = int64_t(0x7e) << 40;
 
 // What one device has counted. `allocated` is what tensors hold; `reserved` is what the device has set aside for them.
 struct Counters {

@@ -90,7 +90,7 @@ TORCH_LIBRARY(pytest_diffopt_sim, library) {
   m.def("use_workspace", [](int64_t device, int64_t low, int64_t expected, int64_t high) {
     use_workspace(resolve_device(device), {low, expected, high});
   });
-  m.def("open_ledger", [](bool open) { open_ledger(open); });
+  m.def("open_ledger", [](bool open, bool only_live) { open_ledger(open, only_live); });
   m.def("replay_reserved", [](int64_t device, int64_t workspaces) -> int64_t {
     return replay_reserved(resolve_device(device), static_cast<int>(workspaces));
   });
@@ -102,6 +102,14 @@ TORCH_LIBRARY(pytest_diffopt_sim, library) {
     constexpr int64_t kColumns = sizeof(LedgerEvent) / sizeof(int64_t);
     auto table = at::empty({static_cast<int64_t>(events.size()), kColumns}, at::kLong);
     if (!events.empty()) std::memcpy(table.mutable_data_ptr(), events.data(), events.size() * sizeof(LedgerEvent));
+    return table;
+  });
+  m.def("set_memory_listener", [](int64_t address) { set_memory_listener(reinterpret_cast<MemoryListener>(address)); });
+  m.def("block_records", [](int64_t device) -> at::Tensor {
+    const auto records = block_records(resolve_device(device));
+    constexpr int64_t kColumns = sizeof(BlockRecord) / sizeof(int64_t);
+    auto table = at::empty({static_cast<int64_t>(records.size()), kColumns}, at::kLong);
+    if (!records.empty()) std::memcpy(table.mutable_data_ptr(), records.data(), records.size() * sizeof(BlockRecord));
     return table;
   });
   m.def("block_numbers", [](at::TensorList tensors) -> std::vector<int64_t> {
