@@ -418,7 +418,8 @@ def test_attention_has_the_bits_of_the_host(case: str, backend: SDPBackend | Non
     with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         host, device = attend("cpu", case), attend("cuda", case)
     if backend is None and case in ("bfloat16", "value of another width", "grouped queries"):  # by steps, in float32
-        torch.testing.assert_close(device.cpu(), host)
+        rounding = {"rtol": 1.6e-2, "atol": 1e-3} if case == "bfloat16" else {}
+        torch.testing.assert_close(device.cpu(), host, **rounding)
     else:
         assert_same(host.contiguous(), device.contiguous())
     if (
@@ -426,6 +427,9 @@ def test_attention_has_the_bits_of_the_host(case: str, backend: SDPBackend | Non
     ):  # one row of heads after the other
         assert device.transpose(1, 2).is_contiguous()
 
+
+# torch 2.14 gives attention of three dimensions a fourth itself
+LIFTS_THREE_DIMENSIONS = torch.__version__ >= torch.torch_version.TorchVersion("2.14")
 
 FLASH, EFFICIENT, CUDNN, MATH = (
     SDPBackend.FLASH_ATTENTION,
@@ -464,7 +468,10 @@ FORCED = {
     "float32 mask": (lambda: ([n(2, 4, 9, 16)] * 3, {"attn_mask": n(9, 9)}), {EFFICIENT}),
     "float32, 6 wide": (lambda: ([n(2, 4, 9, 6)] * 3, {}), set()),
     "float64": (lambda: ([n(2, 4, 9, 16).double()] * 3, {}), set()),
-    "three dimensions": (lambda: ([n(4, 9, 16, dtype=HALF)] * 3, {}), set()),
+    "three dimensions": (
+        lambda: ([n(4, 9, 16, dtype=HALF)] * 3, {}),
+        {FLASH, EFFICIENT, CUDNN} if LIFTS_THREE_DIMENSIONS else set(),
+    ),
 }
 
 
