@@ -22,7 +22,7 @@ def two_gpus(request: pytest.FixtureRequest) -> Iterator[SimulatedGpu | None]:
         yield None
         return
     with simulated_cuda("rtx-4090", devices=2) as gpu:
-        torch.cuda.init()  # until then it has no statistics
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # until then it has no statistics
         yield gpu
 
 

@@ -395,6 +395,7 @@ def test_a_cost_that_is_none_is_an_error(wrong: Any) -> None:
 
 
 def test_what_the_events_say_is_reserved_is_what_the_device_reserved() -> None:
+    torch.cuda.set_device(1)  # bitsandbytes keeps its tables on the first
     simulated.set_caching_allocator(True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -84,7 +84,7 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
     borrowed.callback(utils.GPU_TYPES.__setitem__, slice(None), gpus)
 
     # it allocates on the current device, which is another where there are several
-    needs_guard = scheduler.device_need_guard
+    needs_guard = utils.device_need_guard
     _set(scheduler, "device_need_guard", lambda device: device == "cuda" or needs_guard(device), borrowed)
 
     original = utils.get_current_backend
