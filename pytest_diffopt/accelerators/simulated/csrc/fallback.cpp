@@ -241,6 +241,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   }
 }
 
+// Composite ones that look for a kernel of CUDA's in a table of its own: ldexp since torch 2.14.
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  const auto op = c10::Dispatcher::singleton().findOp({"aten::ldexp", "Tensor"});
+  if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)) return;
+  for (const auto* name : {"ldexp.Tensor", "ldexp.out", "ldexp_"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
 // bitsandbytes' kernels for a device that it does not know go through torch.compile and fall back in silence if that
 // fails: its kernels for the CPU, but for gemv_4bit, which takes weights in an order of its own on some hosts.
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
