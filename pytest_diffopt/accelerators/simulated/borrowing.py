@@ -190,6 +190,8 @@ def _dynamo_interface(module: Any, borrowed: contextlib.ExitStack) -> None:
         "get_raw_stream": vars(torch._C)["_cuda_getCurrentRawStream"],
     }.items():
         set_for_a_while(interface, name, staticmethod(value), borrowed)
+    # Triton would compile for a driver that is not there
+    set_for_a_while(interface, "is_triton_capable", staticmethod(lambda device=None: False), borrowed)
     for kept in (module.caching_worker_current_devices, module.caching_worker_device_properties):
         before = dict(kept)
         kept.clear()

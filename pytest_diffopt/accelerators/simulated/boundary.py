@@ -521,6 +521,7 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_cudaCachingAllocator_enable": settings.setter("caching"),
         "_cuda_getMemoryMetadata": lambda: history.metadata,
         "_cuda_setMemoryMetadata": lambda metadata: setattr(history, "metadata", metadata),
+        "_cuda_memoryMetadataSupported": lambda: True,
         "_cuda_memoryStats": _memory_stats,
         "_cuda_resetAccumulatedMemoryStats": lambda device: _ops.reset_counts(device),
         "_cuda_resetPeakMemoryStats": lambda device: _ops.reset_peaks(device),
@@ -545,4 +546,6 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_tunableop_tuning_is_enabled": lambda: False,
         "_cuda_record_untuned_is_enabled": lambda: False,
     }
-    return known | {name: refused(f"torch._C.{name}", why) for name, why in _UNSUPPORTED.items()}
+    # a CUDA build has functions for a real GPU there
+    others = {name: "" for name in vars(torch._C) if name.startswith("_cuda_") and name not in known} | _UNSUPPORTED
+    return known | {name: refused(f"torch._C.{name}", why) for name, why in others.items()}

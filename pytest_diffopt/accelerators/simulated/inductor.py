@@ -24,7 +24,7 @@ def _set(owner: Any, name: str, value: object, borrowed: contextlib.ExitStack) -
 
 def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
     """Once ``torch._inductor.compile_fx`` is imported, the last of modules that import each other."""
-    from torch._inductor import codecache, config, cudagraph_utils, scheduler, utils
+    from torch._inductor import codecache, config, cpp_builder, cudagraph_utils, scheduler, utils
     from torch._inductor.codegen import common, cpp, cpp_utils, wrapper
 
     common.init_backend_registration()
@@ -103,6 +103,14 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
         return "the simulated GPU records no graphs of kernels"
 
     _set(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", no_graphs, borrowed)
+
+    # its C++ is the host's, without a CUDA build's headers and libraries
+    options = cpp_builder.get_cpp_torch_device_options
+
+    def of_the_host(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return options("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    _set(cpp_builder, "get_cpp_torch_device_options", of_the_host, borrowed)
 
     # code for this device is never that of a real GPU of the same name, nor that of another version of this module
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]

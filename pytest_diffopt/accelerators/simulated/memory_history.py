@@ -57,8 +57,14 @@ class History:
         compile_context: bool = False,
         annotations: bool = False,
         skip_actions: Iterable[str] = (),
+        pinned_memory: bool = False,
+        gpu: bool = True,
     ) -> None:
         """Stands for ``torch._C._cuda_record_memory_history``. Frames are Python's, whatever ``stacks`` says."""
+        if pinned_memory:  # torch 2.14 asks for it
+            raise NotImplementedError("The simulated GPU has no history of pinned memory.")
+        if not gpu:
+            enabled = None
         if enabled not in (None, "state", "all"):
             raise RuntimeError("expected state to be 'state', 'all', or None")
         if context not in (None, "state", "alloc", "all"):
@@ -86,10 +92,13 @@ class History:
         compile_context: bool = False,
         annotations: bool = False,
         skip_actions: Iterable[str] = (),
+        pinned_memory: bool = False,
+        gpu: bool = True,
     ) -> None:
         """Stands for ``torch._C._cuda_record_memory_history_legacy``."""
         context = ("alloc" if trace_record_context else "state") if record_context else None
-        self.record("all" if enabled else None, context, "all", max_entries, clear_history, skip_actions=skip_actions)
+        state = "all" if enabled else None
+        self.record(state, context, "all", max_entries, clear_history, False, False, skip_actions, pinned_memory, gpu)
 
     def stop(self) -> None:
         """Nothing may be heard once Python ends."""

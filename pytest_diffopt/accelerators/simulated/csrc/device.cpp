@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -257,6 +259,21 @@ class BorrowedHooks {
   void* theirs_ = nullptr;
 } g_hooks;
 
+// torch initializes a device once, by the hooks of the time, and writes it down where nobody else may look: whoever comes
+// after us initializes it again.
+template <auto kFlags>
+struct Initialized {
+  friend auto& initialized(at::Context& context) { return context.*kFlags; }
+};
+template struct Initialized<&at::Context::init_>;
+auto& initialized(at::Context& context);
+
+void forget_initialization() {
+  auto& flag = initialized(at::globalContext())[static_cast<size_t>(kSim)];
+  std::destroy_at(&flag);
+  std::construct_at(&flag);
+}
+
 const c10::impl::DeviceGuardImplInterface* g_their_guard = nullptr;
 Guard g_guard;
 
@@ -297,6 +314,7 @@ void deactivate() {
   set_memory_listener(nullptr);
   guard_place().store(g_their_guard);
   g_hooks.give_back();
+  forget_initialization();
   uninstall_allocators();
 }
 

@@ -19,19 +19,19 @@
 #include "syncs.h"
 
 namespace sim {
-namespace {
 
-std::atomic<bool> g_recording{false};
-std::mutex g_recorded_lock;
-std::map<std::string, int64_t> g_recorded;
-
-// CUDA takes index tensors from the host in advanced indexing, and nowhere else.
 bool takes_host_indices(const std::string& name) {
   static const std::unordered_set<std::string> names{
       "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",
       "aten::_unsafe_index", "aten::_unsafe_index_put"};
   return names.count(name) > 0;
 }
+
+namespace {
+
+std::atomic<bool> g_recording{false};
+std::mutex g_recorded_lock;
+std::map<std::string, int64_t> g_recorded;
 
 // A number in a tensor of the host goes into elementwise operations and nowhere else, as on CUDA: these are the ones
 // that torch does not tag as pointwise, though CUDA does not check their devices.
@@ -239,6 +239,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
       m.impl(toString(name).c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&fallback>());
     }
   }
+}
+
+// Composite ones that look for a kernel of CUDA's in a table of its own: ldexp since torch 2.14.
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  const auto op = c10::Dispatcher::singleton().findOp({"aten::ldexp", "Tensor"});
+  if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd)) return;
+  for (const auto* name : {"ldexp.Tensor", "ldexp.out", "ldexp_"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
 // bitsandbytes' kernels for a device that it does not know go through torch.compile and fall back in silence if that

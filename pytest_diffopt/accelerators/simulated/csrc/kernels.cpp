@@ -23,6 +23,7 @@
 #include "aliasing.h"
 #include "device.h"
 #include "dry.h"
+#include "fallback.h"
 #include "half.h"
 #include "ledger.h"
 #include "memory.h"
@@ -322,6 +323,15 @@ std::tuple<Tensor, Tensor, Tensor> run_convolution_backward(
       aliases.device(half.rounded(by_bias))};
 }
 
+// CUDA's group norm makes its arguments contiguous, the host's keeps their layout.
+void group_norm(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); i++) {
+    auto& value = (*stack)[i];
+    if (value.isTensor() && value.toTensor().defined()) value = value.toTensor().contiguous();
+  }
+  fallback(op, stack);
+}
+
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("copy_", copy_on_host); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
@@ -345,6 +355,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("convolution", run_convolution);
   m.impl("_convolution", convolution_with_flags);
   m.impl("convolution_backward", run_convolution_backward);
+  for (const auto* name : {"native_group_norm", "native_group_norm_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&group_norm>());
 }
 
 }  // namespace

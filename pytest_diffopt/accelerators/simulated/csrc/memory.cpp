@@ -333,6 +333,11 @@ Header* known_header(const c10::DataPtr& data);
 // A DeviceAllocator, not an Allocator: torch.accelerator's memory functions ask for one.
 struct DeviceMemory final : c10::DeviceAllocator {
   c10::DataPtr allocate(size_t bytes) override {
+    // in a CUDA build, on a machine with a GPU, torch gets here
+    TORCH_CHECK(
+        active(),
+        "CUDA was simulated in this process, and its kernels stand where those of the real GPU stood: use that one in a "
+        "process of its own.");
     const int index = current_device();
     const c10::Device device(kSim, static_cast<c10::DeviceIndex>(index));
     if (bytes == 0) return {nullptr, nullptr, &release, device};
