@@ -35,6 +35,7 @@ def test_memory_functions_count_one_tensor(gpu: SimulatedGpu) -> None:
     assert "PyTorch CUDA memory summary, device ID 0" in summary
     assert "| Allocated memory      |" in summary
     assert len(torch.cuda.memory_summary(0, abbreviated=True)) < len(summary)
+    torch.accelerator.empty_host_cache()
     del x
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.empty_cache()

@@ -530,6 +530,8 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_resetPeakHostMemoryStats": lambda: _ops.reset_host_peaks(),
         "_cuda_emptyCache": lambda: _ops.empty_cache(),
         "_host_emptyCache": lambda: None,
+        # it asks a table of host allocators, which a build of torch for the CPU leaves empty
+        "_accelerator_emptyHostCache": lambda: None,
         "_cuda_setMemoryFraction": _set_memory_fraction,
         "_cuda_getMemoryFraction": _get_memory_fraction,
         "_cuda_getAllocatorBackend": lambda: "native",
