@@ -350,9 +350,11 @@ import pytest
 from machine_models import kill_once
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+CONFIG = []
 
 
 def pytest_configure(config):
+    CONFIG.append(config)
     from torch._dynamo import register_backend
 
     def killing_backend(graph, inputs):
@@ -378,11 +380,14 @@ def pytest_runtest_teardown(item):
         kill_once("teardown")
 
 
-def pytest_diffopt_verdict(verdict, observation):
+def pytest_runtest_logreport(report):
     import torch
+    from pytest_diffopt.collection.session import ACCELERATOR
 
-    at = torch.cuda.current_device(), torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
-    (Path(os.environ["KILLED"]) / f"{WORKER}.json").write_text(json.dumps(at))
+    accelerator = CONFIG[0].stash.get(ACCELERATOR, None)
+    if WORKER and accelerator is not None:
+        at = accelerator.simulation.index, torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+        (Path(os.environ["KILLED"]) / f"{WORKER}.json").write_text(json.dumps(at))
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ STRATEGIES = {
 
 
 @pytest.fixture(scope="module")
-def device() -> Accelerator:
-    return select()
+def device() -> Iterator[Accelerator]:
+    found = select()
+    with found.in_use():
+        yield found
 
 
 def hooks_of(module: nn.Module) -> list[str]:
@@ -82,7 +85,7 @@ def test_hooks_come_off_and_leave_the_modules_as_they_were(
     pair, x = Pair(), torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
     expected = pair(x)
     before = {key: value.clone() for key, value in pair.components["second"].state_dict().items()}
-    with torch.no_grad(), device.known_to_libraries():
+    with torch.no_grad(), device.in_use():
         put_on = offloading.offload(pair, pair.components, STRATEGIES[name], device.device)
         assert hooks_of(pair.components["second"])
         on_device = pair(x.to(device.device))
@@ -112,7 +115,7 @@ class Fails(Stack):
 def test_hooks_come_off_after_a_call_that_raised(name: str, device: Accelerator) -> None:
     pair = Pair()
     pair.components["second"] = Fails().eval()
-    with torch.no_grad(), device.known_to_libraries():
+    with torch.no_grad(), device.in_use():
         offloading.offload(pair, pair.components, STRATEGIES[name], device.device)
         with pytest.raises(RuntimeError, match="in the middle"):
             pair(torch.ones(2, WIDTH, device=device.device))
@@ -124,7 +127,7 @@ def test_hooks_come_off_after_a_call_that_raised(name: str, device: Accelerator)
 
 def test_components_that_are_not_offloaded_are_placed_on_the_device(device: Accelerator) -> None:
     pair = Pair()
-    with device.known_to_libraries():
+    with device.in_use():
         offloading.offload(pair, pair.components, Offloading("group", components=["second"]), device.device)
     assert {parameter.device for parameter in pair.components["first"].parameters()} == {device.device}
     assert {parameter.device.type for parameter in pair.components["second"].parameters()} == {"cpu"}
