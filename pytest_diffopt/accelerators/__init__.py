@@ -223,7 +223,7 @@ class Simulation:
         import torch
 
         with simulated_cuda(self.gpu, devices=self.devices, memory=self.memory_bytes):
-            torch.cuda.init()  # before it torch's counters say 0, whatever is left on it
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # before it torch's counters say 0, whatever is left on it
             torch.cuda.set_device(self.index)
             yield
 
