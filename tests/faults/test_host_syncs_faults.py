@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_diffopt import Call, Compilation, Contract, Offloading, Recipe, Verdict, observe
+from pytest_diffopt import Call, Compilation, Contract, Offloading, Quantization, Recipe, Verdict, observe
 from pytest_diffopt.accelerators import select
 from pytest_diffopt.accelerators.simulated import SyncRecording
 from pytest_diffopt.checks.session import Session
@@ -304,10 +304,17 @@ def test_a_model_alone_is_one_step(session: Session) -> None:
     assert judged(session, Healthy).status == "passed"
 
 
-def test_what_offloading_waits_for_is_apart(session: Session) -> None:
+NF4 = Quantization("bitsandbytes_4bit", components=["transformer"], kwargs={"bnb_4bit_quant_type": "nf4"})
+
+
+@pytest.mark.parametrize(
+    "quantization", [None, NF4], ids=["plain", "nf4"]
+)  # its weights are tensors of a class of their own
+def test_what_offloading_waits_for_is_apart(session: Session, quantization: Quantization | None) -> None:
     recipe = Recipe(
         "waits",
         "tiny-flux",
+        quantization=quantization,
         offloading=Offloading("model"),
         call=Call(num_inference_steps=2, sizes=(32, 32), kwargs={"max_sequence_length": 32}),
         contract=Contract(max_host_syncs_per_step=0),

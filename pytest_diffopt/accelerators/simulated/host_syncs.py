@@ -35,7 +35,7 @@ class HostSync:
         mark: the last one that :func:`mark_syncs` was given before it.
         count: how often, under this mark.
         in_torch: whether ``torch.cuda.set_sync_debug_mode`` sees it; where CUDA's runtime or a library waits, it does not.
-        place: the innermost line that is not torch's, nor a library's own ``Module.to``; None where there is none.
+        place: the innermost line that is not torch's, nor a library's own ``Module.to`` or tensor class; None for none.
         user: the innermost line of the user's own code; None where there is none.
         frames: every line from the innermost on, each a file, a line and a function.
     """
@@ -152,9 +152,11 @@ def _place(frames: tuple[RawFrame, ...]) -> CodeFrame | None:
 
 
 def _moves(frame: RawFrame) -> bool:
-    """Whether it is a library's own ``Module.to``: what is told is who moves the module."""
+    """Whether it is a library's own ``Module.to``, or what a tensor of its own class does with each operation: who moves the
+    module, or computes, is the place."""
     file, _, function = frame
-    return function.rpartition(".")[2] in ("to", "cuda", "cpu") and whose(file) == "library"
+    names = ("to", "cuda", "cpu", "__torch_function__", "__torch_dispatch__")
+    return function.rpartition(".")[2] in names and whose(file) == "library"
 
 
 def _user(frames: tuple[RawFrame, ...]) -> CodeFrame | None:
