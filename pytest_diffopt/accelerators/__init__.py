@@ -350,9 +350,13 @@ def simulated_gpu(gpu: str | None = None, *, worker: int | None = None) -> Accel
 
 
 def _devices_wanted() -> int:
+    from pytest_diffopt.accelerators.simulated.gpu import MOST_DEVICES
+
     text = os.environ.get("DIFFOPT_SIM_DEVICES", "2")
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 16:
-        raise DiffoptError(f"DIFFOPT_SIM_DEVICES: found {text!r}; it takes a number of devices from 1 to 16")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= MOST_DEVICES:
+        raise DiffoptError(
+            f"DIFFOPT_SIM_DEVICES: found {text!r}; it takes a number of devices from 1 to {MOST_DEVICES}"
+        )
     return int(text)
 
 

@@ -40,35 +40,6 @@ from pytest_diffopt.accelerators.simulated.measures import (
     transfer_stats,
 )
 
-OF_A_GPU = frozenset(
-    [
-        "dry",
-        "host_memory_stats",
-        "is_caching_allocator",
-        "is_dry",
-        "is_hollow",
-        "kernel_count",
-        "mark_memory_events",
-        "mark_syncs",
-        "memory_blocks",
-        "record_memory_events",
-        "record_operations",
-        "recorded_memory_events",
-        "record_syncs",
-        "recorded_operations",
-        "register_cost",
-        "register_dry_kernel",
-        "replay_reserved_memory",
-        "reset_counts",
-        "reset_peak_host_memory_stats",
-        "set_caching_allocator",
-        "set_memory_limit",
-        "syncs",
-        "transfer_stats",
-    ]
-)
-"""What ``gpu`` has besides its own attributes, by name."""
-
 __all__ = [
     "OF_A_GPU",
     "HostSync",
@@ -102,6 +73,21 @@ __all__ = [
     "syncs",
     "transfer_stats",
 ]
+
+_OF_THE_MODULE = frozenset(
+    [
+        "OF_A_GPU",
+        "HostSync",
+        "MemoryEvent",
+        "SimulatedGpu",
+        "SyncRecording",
+        "as_capability",
+        "current",
+        "simulated_cuda",
+    ]
+)
+OF_A_GPU = frozenset(__all__) - _OF_THE_MODULE
+"""What ``gpu`` has besides its own attributes, by name."""
 
 
 def __getattr__(name: str) -> NoReturn:

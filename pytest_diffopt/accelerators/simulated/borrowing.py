@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from pytest_diffopt.accelerators.simulated.imports import AfterImport
 _ops = torch.ops.pytest_diffopt_sim
 
 _ABSENT = object()
+
+Action = Callable[[types.ModuleType, contextlib.ExitStack], None]
+"""What is done to a module, to be given back when the stack is closed."""
 
 
 def set_for_a_while(owner: Any, name: str, value: object, borrowed: contextlib.ExitStack) -> None:
@@ -42,13 +45,24 @@ def set_for_a_while(owner: Any, name: str, value: object, borrowed: contextlib.E
     setattr(owner, name, value)
 
 
+def keep(table: dict[Any, Any], borrowed: contextlib.ExitStack) -> None:
+    """A dictionary holds what it holds now, once ``borrowed`` is closed."""
+    before = dict(table)
+
+    def give_back() -> None:
+        table.clear()
+        table.update(before)
+
+    borrowed.callback(give_back)
+
+
 def borrow(properties: DeviceProperties, devices: int, borrowed: contextlib.ExitStack) -> None:
     """Make torch's Python know the simulated GPU, until ``borrowed`` is closed."""
     names = boundary.names(properties, devices)
     for name, value in names.items():
         set_for_a_while(torch._C, name, value, borrowed)
     borrowed.callback(names["_cuda_record_memory_history"], None)
-    _borrow_torch_cuda(properties, borrowed)
+    _borrow_torch_cuda(properties, names, borrowed)
     _borrow_storages(borrowed)
     _borrow_others(borrowed)
 
@@ -56,45 +70,29 @@ def borrow(properties: DeviceProperties, devices: int, borrowed: contextlib.Exit
 # ------------------------------------------------------------------------------------------------------- torch.cuda
 
 
-def _borrow_torch_cuda(properties: DeviceProperties, borrowed: contextlib.ExitStack) -> None:
-    cuda, c = torch.cuda, vars(torch._C)
-    classes = _classes()
+def _borrow_torch_cuda(properties: DeviceProperties, names: dict[str, Any], borrowed: contextlib.ExitStack) -> None:
+    cuda = torch.cuda
+    cudnn: Any = sys.modules["torch.backends.cudnn"]
+    bound = {**names, **_classes()}
+    for module in (cuda, cuda.streams, cuda.graphs, cuda.memory, cuda.nvtx, cudnn):
+        for name in [one for one in vars(module) if one in bound]:  # it bound the name when it was imported
+            set_for_a_while(module, name, bound[name], borrowed)
     values: dict[str, Any] = {
-        **classes,
-        "_cudart": c["_cudart"],
         "_initialized": False,
         "_queued_calls": list(cuda._queued_calls),
         "_cached_device_count": None,
         "_device_count_nvml": lambda: -1,  # a real GPU of this machine is hidden
-        "_is_in_bad_fork": c["_cuda_isInBadFork"],
-        "_CudaDeviceProperties": DeviceProperties,
-        "_exchange_device": c["_cuda_exchangeDevice"],
-        "_maybe_exchange_device": c["_cuda_maybeExchangeDevice"],
+        "_is_in_bad_fork": names["_cuda_isInBadFork"],
+        "_exchange_device": names["_cuda_exchangeDevice"],
+        "_maybe_exchange_device": names["_cuda_maybeExchangeDevice"],
         "_get_device_properties": lambda device: properties,
         "default_generators": (),
     }
     for name, value in values.items():
         set_for_a_while(cuda, name, value, borrowed)
-    for name in ("Stream", "ExternalStream", "Event"):
-        set_for_a_while(cuda.streams, name, classes[name], borrowed)
-    for name in ("CUDAGraph", "_CUDAGraph", "_graph_pool_handle", "_cuda_isCurrentStreamCapturing"):
-        set_for_a_while(cuda.graphs, name, classes.get(name, c.get(name)), borrowed)
-    for name in (
-        "_cuda_CUDAAllocator",
-        "_MemPool",
-        *(one for one in c if one.startswith(("_cuda_begin", "_cuda_end"))),
-    ):
-        if name in vars(cuda.memory):
-            set_for_a_while(cuda.memory, name, c[name], borrowed)
-    set_for_a_while(cuda.memory, "_cuda_releasePool", c["_cuda_releasePool"], borrowed)
-    set_for_a_while(cuda.memory, "MemPool", classes["MemPool"], borrowed)
-    set_for_a_while(cuda.nvtx, "_nvtx", c["_nvtx"], borrowed)
     set_for_a_while(torch.version, "cuda", boundary.CUDA_VERSION, borrowed)
-    cudnn: Any = sys.modules["torch.backends.cudnn"]
-    set_for_a_while(cudnn, "_cudnn", c["_cudnn"], borrowed)
     set_for_a_while(cudnn, "_init", lambda: True, borrowed)
-    major, minor, patch = boundary.CUDNN_VERSION
-    set_for_a_while(cudnn, "version", lambda: major * 10000 + minor * 100 + patch, borrowed)
+    set_for_a_while(cudnn, "version", names["_cudnn"].getVersionInt, borrowed)
     # cuDNN's recurrent networks are computed by their cells
     set_for_a_while(cudnn, "is_acceptable", lambda tensor: False, borrowed)
     cuda._check_bf16_tensor_supported.cache_clear()
@@ -176,8 +174,6 @@ def _borrow_storages(borrowed: contextlib.ExitStack) -> None:
 
 # ----------------------------------------------------------------------------------------- who bound a name of torch
 
-Action = Callable[[types.ModuleType, contextlib.ExitStack], None]
-
 
 def _dynamo_interface(module: Any, borrowed: contextlib.ExitStack) -> None:
     """Dynamo's table of what a device can do keeps classes and functions of the time at which it was imported."""
@@ -192,18 +188,11 @@ def _dynamo_interface(module: Any, borrowed: contextlib.ExitStack) -> None:
         set_for_a_while(interface, name, staticmethod(value), borrowed)
     # Triton would compile for a driver that is not there
     set_for_a_while(interface, "is_triton_capable", staticmethod(lambda device=None: False), borrowed)
-    for kept in (module.caching_worker_current_devices, module.caching_worker_device_properties):
-        before = dict(kept)
-        kept.clear()
-        borrowed.callback(_put_back, kept, before)
-    registered, before = module.device_interfaces, dict(module.device_interfaces)
-    borrowed.callback(_put_back, registered, before)
+    for remembered in (module.caching_worker_current_devices, module.caching_worker_device_properties):
+        keep(remembered, borrowed)
+        remembered.clear()
+    keep(module.device_interfaces, borrowed)
     set_for_a_while(module, "_device_initialized", False, borrowed)
-
-
-def _put_back(kept: dict[Any, Any], before: dict[Any, Any]) -> None:
-    kept.clear()
-    kept.update(before)
 
 
 def _borrow_others(borrowed: contextlib.ExitStack) -> None:
@@ -221,11 +210,3 @@ def _borrow_others(borrowed: contextlib.ExitStack) -> None:
     watch = AfterImport({name: act(name) for name in actions}, libraries.AROUND)
     borrowed.callback(watch.stop)
     watch.start()
-
-
-@contextlib.contextmanager
-def borrowed_torch(properties: DeviceProperties, devices: int) -> Iterator[None]:
-    """torch's Python knows the simulated GPU inside this, and what stood there before stands there again after it."""
-    with contextlib.ExitStack() as borrowed:
-        borrow(properties, devices, borrowed)
-        yield

@@ -9,17 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def _set(owner: Any, name: str, value: object, borrowed: contextlib.ExitStack) -> None:
-    from pytest_diffopt.accelerators.simulated.borrowing import set_for_a_while
-
-    set_for_a_while(owner, name, value, borrowed)
+from pytest_diffopt.accelerators.simulated.borrowing import Action, keep, set_for_a_while
 
 
 def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
@@ -63,9 +58,9 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
         def device_guard(self, device_idx: int) -> str:
             return f"torch.cuda.device({device_idx})"
 
-    _keep(common.device_codegens, borrowed)
-    _keep(common.device_op_overrides_dict, borrowed)
-    _keep(cpp_utils.DEVICE_TO_ATEN, borrowed)
+    keep(common.device_codegens, borrowed)
+    keep(common.device_op_overrides_dict, borrowed)
+    keep(cpp_utils.DEVICE_TO_ATEN, borrowed)
     common.register_backend_for_device("cuda", cpp.CppScheduling, Wrapper)
     common.register_device_op_overrides("cuda", Overrides())
 
@@ -74,7 +69,7 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
         device = self.get_device()
         return device is not None and device.type in ("cpu", "cuda")
 
-    _set(scheduler.BaseSchedulerNode, "is_cpu", is_cpu, borrowed)
+    set_for_a_while(scheduler.BaseSchedulerNode, "is_cpu", is_cpu, borrowed)
 
     # some passes ask whether it is Triton that code for CUDA is written in: it fuses softmax otherwise
     borrowed.enter_context(config.patch(cuda_backend="cpp"))
@@ -85,7 +80,7 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
 
     # it allocates on the current device, which is another where there are several
     needs_guard = utils.device_need_guard
-    _set(scheduler, "device_need_guard", lambda device: device == "cuda" or needs_guard(device), borrowed)
+    set_for_a_while(scheduler, "device_need_guard", lambda device: device == "cuda" or needs_guard(device), borrowed)
 
     original = utils.get_current_backend
 
@@ -96,13 +91,13 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
         return str(config.cpu_backend) if device_type == "cuda" else str(original(device_type))
 
     for holder in (utils, common, scheduler):
-        _set(holder, "get_current_backend", get_current_backend, borrowed)
+        set_for_a_while(holder, "get_current_backend", get_current_backend, borrowed)
 
     # its graphs of kernels would be captured
     def no_graphs(*args: object, **kwargs: object) -> str:
         return "the simulated GPU records no graphs of kernels"
 
-    _set(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", no_graphs, borrowed)
+    set_for_a_while(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", no_graphs, borrowed)
 
     # its C++ is the host's, without a CUDA build's headers and libraries
     options = cpp_builder.get_cpp_torch_device_options
@@ -110,7 +105,7 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
     def of_the_host(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return options("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    _set(cpp_builder, "get_cpp_torch_device_options", of_the_host, borrowed)
+    set_for_a_while(cpp_builder, "get_cpp_torch_device_options", of_the_host, borrowed)
 
     # code for this device is never that of a real GPU of the same name, nor that of another version of this module
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -122,18 +117,8 @@ def _use_cpp(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
 
     system.cache_clear()
     borrowed.callback(system.cache_clear)
-    _set(codecache.CacheBase, "get_system", staticmethod(get_system), borrowed)
+    set_for_a_while(codecache.CacheBase, "get_system", staticmethod(get_system), borrowed)
 
 
-def _keep(table: dict[Any, Any], borrowed: contextlib.ExitStack) -> None:
-    before = dict(table)
-
-    def give_back() -> None:
-        table.clear()
-        table.update(before)
-
-    borrowed.callback(give_back)
-
-
-ACTIONS: dict[str, Callable[[types.ModuleType, contextlib.ExitStack], None]] = {"torch._inductor.compile_fx": _use_cpp}
+ACTIONS: dict[str, Action] = {"torch._inductor.compile_fx": _use_cpp}
 """What is done to a module, by its name; it is given back when the stack is closed."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-Action = Callable[[types.ModuleType, contextlib.ExitStack], None]
+from pytest_diffopt.accelerators.simulated.borrowing import Action, keep, set_for_a_while
 
 
 def _forgetting(*paths: str) -> Action:
@@ -32,15 +32,10 @@ def _forgetting(*paths: str) -> Action:
 
 def _forget_shared_state(state: Any, borrowed: contextlib.ExitStack) -> None:
     """Accelerate's states are shared by the process: one that was made in here names the device for good."""
-
-    def give_back(shared: dict[str, Any], before: dict[str, Any]) -> None:
-        shared.clear()
-        shared.update(before)
-
     for name in ("PartialState", "AcceleratorState"):
         shared = getattr(getattr(state, name, None), "_shared_state", None)
         if isinstance(shared, dict):
-            borrowed.callback(give_back, shared, dict(shared))
+            keep(shared, borrowed)
             shared.clear()
 
 
@@ -54,12 +49,9 @@ def _know_the_device_map(pipeline_utils: types.ModuleType, borrowed: contextlib.
 
 @contextlib.contextmanager
 def _with_no_gpu() -> Iterator[None]:
-    available = torch.cuda.is_available
-    torch.cuda.is_available = lambda: False
-    try:
+    with contextlib.ExitStack() as borrowed:
+        set_for_a_while(torch.cuda, "is_available", lambda: False, borrowed)
         yield
-    finally:
-        torch.cuda.is_available = available
 
 
 AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
