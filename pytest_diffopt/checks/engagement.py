@@ -81,7 +81,7 @@ def judge(given: Evidence) -> Verdict:
         f"compiled code ran in all {counted(runs, 'call')} of {names} "
         f"({counted(graphs, 'graph')}, {counted(operations, 'operation')})"
         + (f", and a cache answered {reused} more" if reused else "")
-        + "".join(f"; {one}" for one in alike),
+        + "".join(f"; {one}" for one in (*alike, *_refused(given, targets))),
         **figures,
     )
 
@@ -254,6 +254,16 @@ def _alike_but_uncompiled(given: Evidence, targets: list[_Target]) -> list[str]:
         if any(_unnumbered(record.name) == _unnumbered(twin) or min(ran, runs[twin]) > once for twin in twins):
             found.append(f"{record.name} (same class) ran {counted(ran, 'time')} uncompiled")
     return found
+
+
+def _refused(given: Evidence, targets: list[_Target]) -> list[str]:
+    """Regional compilation that is the tool's alone: diffusers' own method refuses the model."""
+    return [
+        f"diffusers' compile_repeated_blocks() refuses {record.kind.rpartition('.')[2]}, whose class names no "
+        f"_repeated_blocks: they were found by their lists"
+        for target in targets
+        if target.by_blocks and (record := given.component(target.owner)) is not None and record.names_no_blocks
+    ]
 
 
 def _unnumbered(name: str) -> str:

@@ -44,6 +44,9 @@ STRAY_SHARE, STRAY_BYTES = 0.001, 4096
 CACHED_SHARE = 0.02
 """Of resident weights a pipeline may keep beside them: masks, positions, embeddings of a prompt, a scheduler's steps."""
 
+TABLES_BYTES = 16 * 2**20
+"""Of tables of positions a library may keep: they are as large beside a tiny model as beside the whole one."""
+
 ENOUGH_REPEATS = 3
 """Of a call, to tell a slope and its error."""
 
@@ -176,6 +179,11 @@ def _offloading_problems(
             evidence.append(
                 f"{record.name}: {stays}; its parameters alone take {human(record.bytes)}{f': {names}, …' if names else ''}"
             )
+    for earlier, later in _idle_beside(given, memory):
+        problems.append(f"{earlier} was still there as a whole when {later} ran, after its own last run")
+        evidence.append(
+            f"{earlier}: nothing sends it away before {later} comes: name both in the pipeline's model_cpu_offload_seq"
+        )
     for name, whole in _whole_at_once(given, memory):
         problems.append(f"all {human(whole)} of {name} were on the accelerator at once, though its layers come in turn")
         evidence.append(
@@ -191,13 +199,17 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     problems: list[str] = []
     evidence: list[str] = []
     first = own_calls(memory)[0].peak_bytes - memory.before_bytes
-    if limits.max_memory_bytes is not None and max(peak, first) > limits.max_memory_bytes:
-        # a device that is full in the first call never gets to the second
-        which, most = ("a call", peak) if peak > limits.max_memory_bytes else ("the first call", first)
+    # a device that is full while the pipeline loads, or in the first call, never gets to the second
+    phases = {"loading": memory.load_peak_bytes - memory.before_bytes, "the first call": first, "a call": peak}
+    which, most = max(phases.items(), key=lambda phase: phase[1])
+    if limits.max_memory_bytes is not None and most > limits.max_memory_bytes:
         problems.append(f"the peak of {which} is {human(most)}, {human(limits.max_memory_bytes)} allowed")
         if human(most) == human(limits.max_memory_bytes):
             problems[-1] += f" ({most - limits.max_memory_bytes} B more)"
-        evidence += at_the_peak(memory, own_calls(memory)[:1] if which == "the first call" else ())
+        if which == "loading":
+            evidence.append("what loads it puts more on the accelerator than a call needs: offload before it is placed")
+        else:
+            evidence += at_the_peak(memory, own_calls(memory)[:1] if which == "the first call" else ())
     over = [call for call in own_calls(memory) if _left_after(memory, call) > _may_stay(given)]
     if over:
         left, which = human(_left_after(memory, over[-1])), _which(memory, over[-1])
@@ -372,7 +384,8 @@ def offloaded_components(given: Evidence) -> tuple[ComponentRecord, ...]:
 
 
 def promised_saving(given: Evidence) -> int:
-    """What a strategy can save at best, in bytes, by the sizes of the components that it offloads.
+    """What a strategy can save at best, in bytes: by the sizes of the components that it offloads, and by what must be there
+    while each of them runs.
 
     Whole models: all but the largest one, which must be there while it runs. Block by block or leaf by leaf: all of the
     largest one too, though not its largest part; half of it is counted.
@@ -382,9 +395,111 @@ def promised_saving(given: Evidence) -> int:
     if offloading is None or not sizes:
         return 0
     largest = max(sizes)
-    if offloading.strategy == "model":
-        return sum(sizes) - largest
-    return sum(sizes) - largest // 2
+    by_size = sum(sizes) - (largest if offloading.strategy == "model" else largest // 2)
+    resident = given.resident.memory if given.resident is not None else None
+    if resident is None or (needed := _needed_at_once(given, resident)) is None:
+        return by_size
+    return max(0, min(by_size, call_peak(resident) - needed))
+
+
+def _needed_at_once(given: Evidence, resident: MemoryRecord) -> int | None:
+    """Bytes that a call needs at once in any case: what a component works with, in the run without offloading, and what of
+    the weights is there meanwhile. None where the device does not tell."""
+    offloading = given.recipe.offloading
+    warm = own_calls(resident)[1:] or own_calls(resident)
+    phases = [phase for call, phase in _phases_of_calls(resident) if any(call is one for one in warm)]
+    moved = {record.name: record.own_bytes for record in offloaded_components(given)}
+    if offloading is None or not phases:
+        return None
+    stays = sum(record.own_bytes for record in given.observation.components if record.name not in moved)
+    assert resident.residency is not None
+    ends = [resident.residency.at(phase.peak_at) for phase in phases]  # what the pipeline itself holds meanwhile
+    others = max(sum(size for owner, size in row.items() if owner.kind == "other") for row in ends)
+    needed = 0
+    for name in _ran(given) & {record.name for record in given.observation.components}:
+        works = max(phase.working.get(name, 0) for phase in phases) + others
+        if offloading.strategy == "model":
+            there = sum(moved.get(one, 0) for one in _loaded_with(given, name))
+        else:
+            sizes = [layer.weight_bytes for layer in given.observation.layers if layer.component == name]
+            there = max(sizes, default=0) if name in moved else 0
+        needed = max(needed, works + there + stays)
+    return needed
+
+
+def _loaded_with(given: Evidence, name: str) -> set[str]:
+    """The components that may be there while one runs as a whole: itself, those that ran and run again, and those that a
+    class of diffusers leaves there."""
+    allowed = {name}
+    for order in _orders(given):
+        for other, places in order.items() if name in order else ():
+            if places[0] < order[name][-1] and (places[-1] > order[name][0] or _stays(given, order, other, name)):
+                allowed.add(other)
+    return allowed
+
+
+def _stays(given: Evidence, order: Mapping[str, Sequence[int]], earlier: str, later: str) -> bool:
+    """Whether a class of diffusers leaves a component there until a later one has run, by its own chain."""
+    until = next((record.stays_until for record in given.observation.components if record.name == earlier), None)
+    if not until:
+        return until == ""
+    return not any(order[earlier][-1] < place <= order[later][-1] for place in order.get(until, ()))
+
+
+def _orders(given: Evidence) -> list[dict[str, list[int]]]:
+    """Component → the places of its runs in the order of a call; a call each."""
+    found: dict[int, dict[str, list[int]]] = {}
+    for place, output in enumerate(given.observation.outputs):
+        if output.component and output.call in given.own_calls:
+            found.setdefault(output.call, {}).setdefault(output.component, []).append(place)
+    return list(found.values())
+
+
+def _idle_beside(given: Evidence, memory: MemoryRecord) -> list[tuple[str, str]]:
+    """(component that ran for the last time, component that runs after it with the first one still there as a whole).
+
+    What a class of diffusers leaves there by its own chain stays by design.
+    """
+    if given.recipe.offloading is None or given.recipe.offloading.strategy != "model" or memory.residency is None:
+        return []
+    sizes = {record.name: record.own_bytes - stray(record.bytes) for record in offloaded_components(given)}
+    names = [record.name for record in offloaded_components(given) if sizes[record.name] > 0]
+    order = next(iter(_orders(given)), {})
+    places = {name: set(range(found[0], found[-1] + 1)) for name, found in order.items()}
+    # others run between its runs: which of them a moment belongs to is not known
+    at_once = {
+        name for name in places if not any(places[name] & set(found) for one, found in order.items() if one != name)
+    }
+    found: dict[tuple[str, str], None] = {}
+    for call, phase in _phases_of_calls(memory):
+        if call.repeated or call.call not in given.own_calls:
+            continue
+        rows = [memory.residency.at(at) for at in memory.residency.positions if phase.first <= at <= phase.last]
+        weights = [{owner.component: size for owner, size in row.items() if owner.kind == "weights"} for row in rows]
+        most = phase.working
+        # what it returned is its working memory as well, and stays: it runs where it has much of it
+        works = [
+            {
+                owner.component
+                for owner, size in row.items()
+                if owner.kind == "working" and 2 * size >= most.get(owner.component, 0)
+            }
+            for row in rows
+        ]
+        for later in names:
+            at = max((index for index, running in enumerate(works) if later in running), default=None)
+            if at is None or weights[at].get(later, 0) < sizes[later]:
+                continue
+            for earlier in names:
+                done = earlier in order and later in at_once and order[earlier][-1] < order[later][0]
+                if (
+                    done
+                    and not _stays(given, order, earlier, later)
+                    and weights[at].get(earlier, 0) >= sizes[earlier]
+                    and earlier not in set().union(*works[at:])
+                ):
+                    found[earlier, later] = None
+    return list(found)
 
 
 def _least_peak(given: Evidence) -> tuple[int, str]:
@@ -417,10 +532,26 @@ def _on_the_host(given: Evidence, memory: MemoryRecord) -> list[str]:
     found: dict[str, None] = {}
     for call, phase in _phases_of_calls(memory):
         for record in given.observation.components if not call.repeated else ():
-            there = phase.weights.get(record.name, 0) or (untold and phase.working.get(record.name, 0))
+            works = phase.working.get(record.name, 0)
+            # weights that come out of a cast or another temporary are known by nothing, and count as working memory too
+            there = phase.weights.get(record.name, 0) or works > (
+                0 if untold else _of_a_host_run(given, record, call.call)
+            )
             if record.own_bytes and not there and record.name in _ran(given, call.call):
                 found[record.name] = None
     return list(found)
+
+
+def _of_a_host_run(given: Evidence, record: ComponentRecord, call: int) -> int:
+    """The most that a component takes on the accelerator that computes on the host: what it returns, copied there. To run
+    there it needs its largest layer as well."""
+    returned = sum(
+        math.prod(output.shape) * max(4, output.width)
+        for output in given.observation.outputs
+        if output.component == record.name and output.call == call
+    )
+    layers = [layer.weight_bytes for layer in given.observation.layers if layer.component == record.name]
+    return returned + max(layers, default=0)
 
 
 def _whole_at_once(given: Evidence, memory: MemoryRecord) -> list[tuple[str, int]]:
@@ -438,8 +569,8 @@ def _whole_at_once(given: Evidence, memory: MemoryRecord) -> list[tuple[str, int
     found = []
     for record in offloaded_components(given):
         sizes = [layer.weight_bytes for layer in given.observation.layers if layer.component == record.name]
-        whole = record.own_bytes - stray(record.bytes)
-        small = sum(sizes) >= record.bytes / 2 and max(sizes) <= record.bytes / 4
+        whole = record.own_bytes - stray(record.bytes) + record.buffer_bytes
+        small = sum(sizes) >= record.bytes / 2 and max(sizes, default=0) <= record.bytes / 4
         if small and whole > 0 and any(phase.weights.get(record.name, 0) >= whole for phase in phases):
             found.append((record.name, record.own_bytes))
     return found
@@ -463,7 +594,8 @@ def left_behind(memory: MemoryRecord) -> int:
 def _left_after(memory: MemoryRecord, call: CallMemory) -> int:
     # what the pipeline keeps of its results shows once the observation has let them go
     kept = memory.kept_results_bytes if call is last_call(memory) else 0
-    return max(0, call.live_bytes - memory.before_bytes - call.weights_bytes + kept)
+    tables = min(call.tables_bytes, TABLES_BYTES)
+    return max(0, call.live_bytes - memory.before_bytes - call.weights_bytes + kept - tables)
 
 
 def _grown_untold(memory: MemoryRecord) -> int:

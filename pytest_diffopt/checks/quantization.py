@@ -38,7 +38,7 @@ def judge(given: Evidence) -> Verdict:
     evidence: list[str] = []
     quantized_layers: list[Layer] = []
     for name in meant:
-        own = [layer for layer in layers if layer.component == name and layer.linear]
+        own = [layer for layer in layers if layer.component == name and layer.linear and not layer.adapter]
         expected = [layer for layer in own if not _is_kept_plain(given, layer)]
         wrong = [(layer, reason) for layer in expected if (reason := _wrong(given, layer))]
         quantized_layers += [layer for layer in expected if not _wrong(given, layer)]
@@ -52,7 +52,9 @@ def judge(given: Evidence) -> Verdict:
             problems.append(f"{len(wrong)} of {counted(len(expected), 'layer')} of {name} are not as promised")
             evidence += [f"{name}.{layer.path}: {reason}" for layer, reason in wrong]
     for layer in layers:
-        if layer.format and not layer.linear:
+        if layer.format and layer.adapter:
+            problems.append(f"{layer.component}.{layer.path} is quantized, though it belongs to an adapter")
+        elif layer.format and not layer.linear:
             problems.append(f"{layer.component}.{layer.path} is quantized, though no Linear layer")
         elif layer.format and (layer.component not in meant or _is_skipped(given, layer)):
             where = "named in skip_modules" if layer.component in meant else "not among the components meant"
@@ -71,7 +73,11 @@ def judge(given: Evidence) -> Verdict:
     }
     if problems:
         return given.failed(NAME, "; ".join(problems[:3]), evidence=shortened(evidence + problems[3:]), **figures)
-    plain = [layer for layer in layers if layer.component in meant and layer.linear and layer.format in ("", "BF16")]
+    plain = [
+        layer
+        for layer in layers
+        if layer.component in meant and layer.linear and not layer.adapter and layer.format in ("", "BF16")
+    ]
     if plain:
         figures["left_plain"] = len(plain)
     return given.passed(

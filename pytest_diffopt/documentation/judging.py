@@ -58,6 +58,9 @@ _HARDWARE = re.compile(
 )
 _NO_SUCH_DEVICE_CALL = re.compile(r"module 'torch\.(?:cuda|cpu|mps|xpu)[.\w]*' has no attribute '(\w+)'")
 _NO_FILE = re.compile(r"does not appear to have a file named [`'\"]?([\w.-]+\.\w+)")
+_NEEDS_A_NAME = "When using the offline mode, you must specify a `weight_name`"
+"""diffusers, where it would ask the hub which of a repository's files is the LoRA."""
+
 _PLACEHOLDER = re.compile(r"/?(?:path/to|your/path|path_to)/[\w./-]*")
 _PLACEHOLDER_OWNER = re.compile(
     r"(?<![a-z0-9])(?:user|user[-_]?names?|your(?:[-_]?(?:user|org|own))?(?:[-_]?name)?|org[-_]?names?|name[-_]?space)(?![a-z0-9])"
@@ -218,6 +221,11 @@ def _not_here(
     package = (match["a"] or match["b"] or match["c"]) if match else ""
     if package and not installed(package):
         return needs(package)
+    if "PEFT backend is required" in raised.message and not installed("peft"):
+        return needs("peft")
+    if _NEEDS_A_NAME in raised.message:
+        lora = next((one for one in ids if not resolves(one)), "")
+        return f"no replica stands for {lora!r}{_placeholder(lora)}" if lora else f"needs the network ({raised})"
     if "OSError" in raised.kinds and (match := _PLACEHOLDER.search(raised.message)):
         return f"{match[0]} is a placeholder: nothing is there"
     if any(kind in _NETWORK for kind in raised.kinds):

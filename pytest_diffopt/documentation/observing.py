@@ -29,7 +29,7 @@ from pytest_diffopt.libraries import versions
 from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
-from pytest_diffopt.preparation import autoencoder, compilation, quantization, uninitialized_memory
+from pytest_diffopt.preparation import autoencoder, compilation, offloading, quantization, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
@@ -318,8 +318,8 @@ class _Observing:
             live.kept_plain[name] = quantization.kept_plain(module, read.recipe.quantization_for(name))
             live.types_of_file[name] = quantization.types_of_file(module)
             live.kept_float32[name] = quantization.kept_float32(module)
-        excluded = getattr(pipeline, "_exclude_from_cpu_offload", ()) if read.recipe.offloading is not None else ()
-        live.offloaded.kept_resident = tuple(name for name in components if name in excluded)
+        if read.recipe.offloading is not None:
+            live.offloaded = offloading.by_class(pipeline, components)
         return live
 
     def _judged_call(self, arguments: dict[str, Any]) -> Any:

@@ -8,11 +8,12 @@ How, each backend says in `pytest_diffopt.quantization_backends`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.observation.observation import Layer, OtherParameters
 from pytest_diffopt.preparation.compilation import named_modules
-from pytest_diffopt.preparation.linear_layers import backend_of, is_linear_like, is_quantized_class
+from pytest_diffopt.preparation.linear_layers import backend_of, is_in, is_linear_like, is_quantized_class, of_adapters
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED, Backend, Stored, bytes_of, parts_of
 
@@ -108,10 +109,11 @@ def manifest(component: str, module: torch.nn.Module) -> tuple[tuple[Layer, ...]
     from torch.nn.parameter import is_lazy
 
     layers: list[Layer] = []
+    adapters = of_adapters(module)
     quantized_weights = set()
     for path, inner in named_modules(module):
         if is_linear_like(inner) or is_quantized_embedding(inner):
-            layer = read_layer(component, path, inner)
+            layer = replace(read_layer(component, path, inner), adapter=is_in(path, adapters))
             layers.append(layer)
             if layer.format not in ("", UNQUANTIZED):
                 quantized_weights.add(id(inner.weight))
@@ -121,6 +123,8 @@ def manifest(component: str, module: torch.nn.Module) -> tuple[tuple[Layer, ...]
             quantized_weights |= {id(one) for one in owned}
     rest: dict[str, list[tuple[str, int, int]]] = {}
     for name, parameter in module.named_parameters():
+        if is_in(name, adapters):
+            continue  # in whatever dtype they were made
         if id(parameter) in quantized_weights or not parameter.dtype.is_floating_point or is_lazy(parameter):
             continue
         rest.setdefault(dtype_name(parameter.dtype), []).append((name, parameter.numel(), bytes_of(parameter)))

@@ -16,6 +16,7 @@ from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
 from pytest_diffopt.observation.residency import ResidencyLedger
+from pytest_diffopt.preparation import kept_tables
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ class MemoryWatch:
     def open(self) -> None:
         """Begin: what is allocated now belongs to others."""
         live = self.accelerator.live_bytes()
+        if live is not None:
+            kept_tables.look()  # what is frozen below is not found any more
         if live:
             self._settled()  # what earlier runs left in cycles is not this one's
         if live is not None:
@@ -131,6 +134,7 @@ class MemoryWatch:
                 staying={name: names for name, (_, names) in resident.items() if names},
                 buffers={name: size for name, module in components.items() if (size := self._resident_buffers(module))},
                 elsewhere_bytes=max(0, (self._peak.elsewhere_bytes() or 0) - self._elsewhere_before),
+                tables_bytes=kept_tables.held_bytes(self.accelerator.device_type),
                 h2d_bytes=moved["h2d"] - begun["h2d"] if moved and begun else None,
                 d2h_bytes=moved["d2h"] - begun["d2h"] if moved and begun else None,
                 repeated=repeated,
@@ -246,6 +250,7 @@ class MemorySpan:
         self._final: int | None = None
 
     def __enter__(self) -> MemorySpan:
+        gc.collect()  # what an earlier test left in a cycle is none of this one's memory
         live = self.accelerator.live_bytes()
         if live is None:
             raise UnverifiableError(f"the device in use, {self.accelerator.kind}, has no memory that could be measured")

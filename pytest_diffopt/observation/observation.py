@@ -155,6 +155,7 @@ class Layer:
         library: ``"bitsandbytes"``, ``"torchao"``, ``"quanto"``, ``"gguf"``, ``"layerwise_casting"``; ``""`` where plain.
         activations: the format into which each product quantizes them; ``""`` where it does not.
         granularity: of the scales, ``"PerTensor"``, ``"PerRow"`` or ``"PerGroup(128)"``, where the library says.
+        adapter: whether it belongs to an adapter, such as a LoRA, and not to the model itself.
         parameters: the number of weights that the layer stands for (in_features × out_features).
     """
 
@@ -173,6 +174,7 @@ class Layer:
     library: str = ""
     activations: str = ""
     granularity: str = ""
+    adapter: bool = False
 
     @property
     def parameters(self) -> int:
@@ -277,6 +279,7 @@ class CallMemory:
         staying: component → the first few names of these. weights_bytes: of all of these, what components share once.
         buffers: component → bytes of its buffers alone that are there.
         elsewhere_bytes: the highest during the call on other devices of the same kind, beyond what was there before.
+        tables_bytes: of tables of positions that functions of the libraries keep there from call to call.
         h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
         repeated: an extra call, one of the recipe's own again, made because more was kept after it than before.
         inputs: a digest; calls with the same one were given the same.
@@ -290,6 +293,7 @@ class CallMemory:
     weights_bytes: int = 0
     buffers: dict[str, int] = field(default_factory=dict)
     elsewhere_bytes: int = 0
+    tables_bytes: int = 0
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
     repeated: bool = False
@@ -549,6 +553,10 @@ class ComponentRecord:
         disabled: compiled paths whose forward Dynamo is told to leave alone.
         kept_plain, kept_float32: modules that the libraries leave unquantized, or in float32, by their own lists.
         kept_resident: the pipeline's class keeps it on the accelerator when it is offloaded.
+        stays_until: the component whose run sends it away, by the chain of a class of diffusers; empty where it stays until
+            the call ends, None where no such class offloads it.
+        buffer_bytes: of its buffers.
+        names_no_blocks: it is a model of diffusers whose ``compile_repeated_blocks()`` refuses, as it names no blocks.
         types_of_file: path of a Linear layer → its weight's type in the ``.gguf`` file that it was loaded from.
         shared_bytes: of its parameters, those that a component before it holds too.
     """
@@ -563,6 +571,9 @@ class ComponentRecord:
     kept_plain: tuple[str, ...] = ()
     kept_float32: tuple[str, ...] = ()
     kept_resident: bool = False
+    stays_until: str | None = None
+    names_no_blocks: bool = False
+    buffer_bytes: int = 0
     shared_bytes: int = 0
     types_of_file: dict[str, str] = field(default_factory=dict)
 

@@ -417,6 +417,9 @@ class Run:
                     kept_plain=prepared.kept_plain.get(name, ()),
                     kept_float32=prepared.kept_float32.get(name, ()),
                     kept_resident=name in prepared.offloaded.kept_resident,
+                    buffer_bytes=sum(bytes_of(buffer) for buffer in root.buffers()),
+                    names_no_blocks=compilation.names_no_blocks(root),
+                    stays_until=prepared.offloaded.stays_until.get(name),
                     types_of_file=prepared.types_of_file.get(name, {}),
                 )
             )

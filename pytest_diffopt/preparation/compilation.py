@@ -179,7 +179,7 @@ def target_of(components: Mapping[str, torch.nn.Module], name: str) -> tuple[tor
 
 def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     own: Any = getattr(module, "compile_repeated_blocks", None)
-    if own is not None and getattr(module, "_repeated_blocks", None):
+    if own is not None and not names_no_blocks(module):
         own(**kwargs)
         return
     wanted = set(getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or ())
@@ -195,6 +195,11 @@ def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[st
         )
     for block in blocks:
         compile_module(block, kwargs)
+
+
+def names_no_blocks(module: torch.nn.Module) -> bool:
+    """Whether it is a model of diffusers whose ``compile_repeated_blocks()`` refuses: its class names no blocks."""
+    return hasattr(module, "compile_repeated_blocks") and not getattr(module, "_repeated_blocks", None)
 
 
 def _named(module: torch.nn.Module, wanted: set[str]) -> list[str]:

@@ -36,12 +36,46 @@ _seen: weakref.WeakSet[Any] = weakref.WeakSet()
 """Caches of functions. Once they are frozen for the garbage collector, nobody else can list them."""
 
 
+def look() -> None:
+    """Find the caches of functions that are there by now."""
+    _seen.update([found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper])
+
+
 def forget(kind: str) -> None:
     """Clear every ``functools.lru_cache`` that holds a tensor on a device of that kind, as models keep their positions."""
-    _seen.update([found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper])
+    look()
     for found in list(_seen):
         if any(_on(kind, held) for held in gc.get_referents(found)):
             found.cache_clear()
+
+
+_LIBRARIES = ("diffusers.", "transformers.")
+
+
+def held_bytes(kind: str) -> int:
+    """Bytes on devices of that kind that functions of diffusers and transformers keep in a ``functools.lru_cache``: tables of
+    positions, which are as large for a tiny model as for the whole one. Of the caches that :func:`look` has found."""
+    import torch
+
+    sizes: dict[int, int] = {}
+    for found in list(_seen):
+        if not str(getattr(found, "__module__", "")).startswith(_LIBRARIES):
+            continue
+        for tensor in _tensors(gc.get_referents(found)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == kind:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors(held: Any, depth: int = 5) -> Iterator[Any]:
+    if type(held) is dict:
+        held = list(held.values())
+    if depth and type(held) in (list, tuple):
+        for one in held:
+            yield from _tensors(one, depth - 1)
+    else:
+        yield held
 
 
 def _on(kind: str, held: Any, depth: int = 4) -> bool:

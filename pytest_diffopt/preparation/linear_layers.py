@@ -25,6 +25,22 @@ def is_linear_like(module: torch.nn.Module) -> bool:
     )
 
 
+def of_adapters(module: torch.nn.Module) -> tuple[str, ...]:
+    """Paths of what adapters have put into a model, as peft's LoRA layers do; the layer that they wrap is its own."""
+    return tuple(
+        f"{path}.{name}".lstrip(".")
+        for path, inner in module.named_modules()
+        if hasattr(inner, "base_layer")
+        for name in (*getattr(inner, "adapter_layer_names", ()), *getattr(inner, "other_param_names", ()))
+        if hasattr(inner, name)
+    )
+
+
+def is_in(path: str, owners: tuple[str, ...]) -> bool:
+    """Whether a path is one of some, or lies in one."""
+    return any(path == owner or path.startswith(owner + ".") for owner in owners)
+
+
 def backend_of(module: Any) -> Backend | None:
     """The backend one of whose layers a module is; its weight may still be plain.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -25,9 +26,12 @@ class Offloaded:
 
     Attributes:
         kept_resident: components that the pipeline's class keeps on the accelerator.
+        stays_until: of a class of diffusers, component → the one whose run sends it away, by its ``model_cpu_offload_seq``;
+            empty where it stays until the call ends.
     """
 
     kept_resident: tuple[str, ...] = ()
+    stays_until: dict[str, str] = field(default_factory=dict)
     _last_hooks: list[Any] = field(default_factory=list)
     _folders: list[str] = field(default_factory=list)
 
@@ -68,11 +72,20 @@ def offload(pipeline: Any, components: Mapping[str, torch.nn.Module], offloading
     method = f"enable_{offloading.strategy}_cpu_offload"
     if offloading.components is None and hasattr(pipeline, method):
         getattr(pipeline, method)(device=str(device))
-        excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
-        return Offloaded(kept_resident=tuple(name for name in components if name in excluded))
+        return by_class(pipeline, components)
     if offloading.strategy == "sequential":
         return _offload_leaves(meant, device)
     return _offload_in_turn(meant, getattr(pipeline, "model_cpu_offload_seq", None) or "", device)
+
+
+def by_class(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> Offloaded:
+    """What a pipeline's class says of components that its own method offloads."""
+    excluded = getattr(pipeline, "_exclude_from_cpu_offload", ())
+    chain = [one for one in (getattr(pipeline, "model_cpu_offload_seq", None) or "").split("->") if one in components]
+    stays: dict[str, str] = {}
+    if type(pipeline).__module__.startswith("diffusers."):
+        stays = {name: "" for name in components if name not in excluded} | dict(itertools.pairwise(chain))
+    return Offloaded(kept_resident=tuple(name for name in components if name in excluded), stays_until=stays)
 
 
 def take_off(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> None:

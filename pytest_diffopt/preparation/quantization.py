@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_diffopt.errors import PreparationError, ReplicaError
 from pytest_diffopt.extras import is_installed, needs
 from pytest_diffopt.libraries import dtype_argument
-from pytest_diffopt.preparation.linear_layers import is_linear_like, is_quantized_class
+from pytest_diffopt.preparation.linear_layers import is_in, is_linear_like, is_quantized_class, of_adapters
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED
 
@@ -183,11 +183,13 @@ def quantize_in_place(
                 f"quantization.components: found {name!r}; the pipeline has: {', '.join(sorted(components))}"
             )
         kept = kept_float32(components[name])
+        adapters = of_adapters(components[name])
         paths = [
             path
             for path, layer in components[name].named_modules()
             if isinstance(layer, torch.nn.Linear)
             and not is_quantized_class(layer)
+            and not is_in(path, adapters)
             and not any(is_named(path, skip) for skip in (*skipped, *kept))
         ]
         backend.quantize(components[name], paths, quantization, device)

@@ -169,6 +169,7 @@ class _FourBit(_BitsAndBytes):
         "bnb_4bit_quant_type": one_of("nf4", "fp4"),
         "bnb_4bit_compute_dtype": one_of("float32", "float16", "bfloat16", prepare=dtype_name),
         "bnb_4bit_use_double_quant": true_or_false,
+        "llm_int8_skip_modules": list_of_names,  # so called under 4 bits too
         "bnb_4bit_quant_storage": one_of(
             "uint8", "int8", "float16", "bfloat16", "float32", "float64", prepare=dtype_name
         ),

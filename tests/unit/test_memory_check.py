@@ -35,6 +35,7 @@ def record(
     grown: tuple[int, ...] = (),
     stays: dict[str, int] | None = None,
     elsewhere: int = 0,
+    loading: int = 400_000,
 ) -> MemoryRecord:
     """A record of calls with these peaks; ``grown`` are bytes beyond the first after each repeated call."""
     residency = dict.fromkeys(SIZES, 0) | (stays or {})
@@ -49,7 +50,7 @@ def record(
         CallMemory(len(peaks) + k, BEFORE + peaks[-1], BEFORE + left + size + weights, residency, repeated=True)
         for k, size in enumerate(grown)
     )
-    return MemoryRecord(BEFORE, BEFORE + 1_000_000, BEFORE + weights, calls, residency)
+    return MemoryRecord(BEFORE, BEFORE + loading, BEFORE + weights, calls, residency)
 
 
 RESIDENT = record(1_060_000, 1_050_000, 1_050_000, stays=SIZES)
@@ -374,6 +375,13 @@ def test_a_budget_holds_for_the_cold_call_too() -> None:
     contract = Contract(max_memory="900KB")
     assert judge(record(870_000, 860_000, 860_000), contract=contract).status == "passed"
     failed_with(judge(record(910_000, 860_000, 860_000), contract=contract), "the peak of the first call is 888.67 KiB")
+
+
+def test_a_budget_holds_while_the_pipeline_loads() -> None:
+    contract = Contract(max_memory="900KB")
+    found = record(870_000, 860_000, 860_000, loading=910_000)
+    failed_with(judge(found, contract=contract), "the peak of loading is 888.67 KiB, 878.91 KiB allowed")
+    assert judge(found).status == "passed"
 
 
 def test_a_device_without_memory_of_its_own_is_unverified() -> None:
