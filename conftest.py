@@ -41,13 +41,15 @@ _SLOW_TOO = (
     "test_simulated_operator_database",
     *("test_backend_faults", "test_attention_faults", "test_baseline_faults"),
 )
-"""Not moved: what a compiled module keeps on the device is alive until the next is compiled, and device tests look there."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real pipelines, processes and cold compiles are slow; the longest files come first."""
+    """Real pipelines, processes and cold compiles are slow; the longest files come first.
+
+    Those of the device come before them: what a compiled module keeps on it lives until the next is compiled.
+    """
     rank = {name: place for place, name in enumerate(_LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: -1 if item.path.parent.name == "simulated" else rank.get(item.path.stem, len(rank)))
     for item in items:
         if item.path.parent.name == "integration" or item.path.stem in (*_LONGEST_FIRST, *_SLOW_TOO):
             item.add_marker("slow")

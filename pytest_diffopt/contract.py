@@ -117,6 +117,8 @@ CACHING_HOOK_FILES = (
     "diffusers/hooks/mag_cache.py",
     "diffusers/hooks/taylorseer_cache.py",
     "diffusers/hooks/sea_cache.py",
+    "diffusers/hooks/pyramid_attention_broadcast.py",
+    "diffusers/hooks/faster_cache.py",
 )
 
 

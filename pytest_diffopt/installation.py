@@ -15,7 +15,7 @@ from pytest_diffopt.extras import is_installed, needs
 from pytest_diffopt.libraries import quiet_imports
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
 from pytest_diffopt.quantization_backends import BACKENDS
-from pytest_diffopt.recipe import DynamoValue, ForecastBudget, Recipe, is_reference
+from pytest_diffopt.recipe import FACTORY, DynamoValue, ForecastBudget, Recipe, is_reference
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
 from pytest_diffopt.replicas import Family, registry, resolve_full_size, unresolved
 
@@ -35,13 +35,15 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
         allow_hub: whether a hub id means the hub's own pipeline, and not the replica that stands for it.
     """
     mistakes: list[Mistake] = []
-    if isinstance(recipe.pipeline, str):
-        if is_reference(recipe.pipeline):
-            mistakes += _reference_mistakes(("pipeline",), recipe.pipeline)
-        elif not _forecast_alone(recipe) and (
-            allowed := unresolved(recipe.pipeline, allow_hub=allow_hub, registry=registry)
+    for field, pipeline in (("pipeline", recipe.pipeline), ("reference", recipe.reference)):
+        if not isinstance(pipeline, str):
+            continue
+        if is_reference(pipeline):
+            mistakes += _reference_mistakes((field,), pipeline)
+        elif not (field == "pipeline" and _forecast_alone(recipe)) and (
+            allowed := unresolved(pipeline, allow_hub=allow_hub, registry=registry)
         ):
-            mistakes.append(Mistake(("pipeline",), repr(recipe.pipeline), allowed))
+            mistakes.append(Mistake((field,), repr(pipeline), allowed))
     if isinstance(recipe.call.inputs, str):
         mistakes += _reference_mistakes(("call", "inputs"), recipe.call.inputs)
     if (family := _replica(recipe.pipeline, allow_hub)) is not None:
@@ -99,7 +101,8 @@ def _component_mistakes(recipe: Recipe, components: tuple[str, ...]) -> Iterator
         at: Location = ("quantization", index) if len(recipe.quantizations) > 1 else ("quantization",)
         named.append(((*at, "components"), quantization.components or ()))
     for index, compilation in enumerate(recipe.compilation):
-        named.append(((*_compilation_at(recipe, index), "component"), (compilation.component,)))
+        if compilation.component != FACTORY:
+            named.append(((*_compilation_at(recipe, index), "component"), (compilation.owner,)))
     if isinstance(recipe.attention, Mapping):
         named.append((("attention",), recipe.attention))
     for index, caching in enumerate(recipe.caching):

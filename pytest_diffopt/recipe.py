@@ -67,7 +67,7 @@ __all__ = ["Caching", "Call", "Compilation", "Contract", "ForecastBudget", "Offl
 QuantizationBackend = Literal[
     "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao", "quanto", "gguf", "layerwise_casting"
 ]
-Scope = Literal["module", "repeated_blocks"]
+Scope = Literal["module", "repeated_blocks", "factory"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 MemoryFormat = Literal["contiguous_format", "channels_last", "channels_last_3d"]
 Strategy = Literal["model", "sequential", "group"]
@@ -78,7 +78,7 @@ Strings = str | Sequence[str]
 
 PARTS_TO_DROP = ("compilation", "offloading", "quantization", "dynamo")
 
-ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive", "isolate", "requires")
+ABOUT_THE_VERDICT = ("name", "contract", "known_faults", "forecast", "exclusive", "isolate", "requires", "reference")
 """Fields that change nothing of what is observed."""
 
 ORDER = ("quantization", "offloading", "compilation")
@@ -278,11 +278,12 @@ class Quantization(Part):
 @with_every_mistake
 @dataclass(frozen=True, eq=False, repr=False, config=CONFIG)
 class Compilation(Part):
-    """How one component is compiled.
+    """How one component is compiled, or a part or a method of it.
 
     Args:
-        component: its name in the pipeline.
-        scope: ``"module"``, the whole component; ``"repeated_blocks"``, each repeated block class once.
+        component: its name in the pipeline; of a part or a method with the path to it, ``"vae.decoder"``, ``"vae.decode"``.
+        scope: ``"module"``, the whole component; ``"repeated_blocks"``, each repeated block class once; ``"factory"``:
+            the factory compiles it, and the recipe does not.
         backend: a name, ``"package.module:function"``, or a callable.
         mode: as in torch.compile; not together with ``options``.
         fullgraph: whether a graph break is an error.
@@ -303,6 +304,16 @@ class Compilation(Part):
     memory_format: MemoryFormat | None = None
     options: Table | None = None
 
+    @property
+    def owner(self) -> str:
+        """The component's own name: ``"vae"`` of ``"vae.decode"``."""
+        return self.component.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """The path of what is compiled in its component, ``"decode"``; empty for the whole."""
+        return self.component.partition(".")[2]
+
     @field_validator("options")
     @classmethod
     def _not_with_a_mode(cls, options: Mapping[str, Any] | None, info: ValidationInfo) -> Mapping[str, Any] | None:
@@ -311,6 +322,9 @@ class Compilation(Part):
             raise Mistakes([Mistake((), f"options together with mode = {mode!r}", allowed)])
         return options
 
+
+FACTORY = "factory"
+"""In place of a recipe's compilation: whatever its factory compiles is judged, and the recipe compiles nothing."""
 
 # Offloading.
 
@@ -680,6 +694,10 @@ def _none_as_empty(value: object) -> object:
     return () if value is None else value
 
 
+def _by_the_factory(value: object) -> object:
+    return (Compilation(FACTORY, scope="factory"),) if isinstance(value, str) and value == FACTORY else value
+
+
 def _alone_as_it_is(quantizations: tuple[Quantization, ...]) -> object:
     return quantizations if len(quantizations) > 1 else next(iter(quantizations), None)
 
@@ -707,7 +725,7 @@ class Recipe(Part):
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, or the torch.dtype; None: as the pipeline is built.
         quantization: one, a list, or None for none; in a list each component is named by one of them at most. Each part
             may be given as a dict, as in TOML. None, one `Quantization`, or a tuple of several: see `quantizations`.
-        compilation: one, a list, or none.
+        compilation: one, a list, or none; ``"factory"`` where the factory compiles by itself.
         offloading: None for none.
         dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
         call: what is run.
@@ -727,6 +745,8 @@ class Recipe(Part):
             True of the combinations of a matrix, unless it says otherwise.
         requires: packages and their versions, as pip writes them, ``"torchao>=0.18"``: one, a list, or none. Where one is
             not installed, a test item is skipped with that reason, and nothing else that its libraries lack is a mistake.
+        reference: what the recipe is compared with, made as ``pipeline`` says it; run without compilation and offloading.
+            None for the recipe's own pipeline.
 
     Raises:
         RecipeError: with every mistake in the recipe and its parts.
@@ -738,8 +758,9 @@ class Recipe(Part):
     quantization: NoneOneOrSeveral = None
     compilation: Annotated[
         tuple[Compilation, ...],
-        one_or_many("a table, or a list of tables", (Compilation, Mapping)),
+        one_or_many('a table, a list of tables, or "factory"', (Compilation, Mapping)),
         BeforeValidator(_none_as_empty),
+        BeforeValidator(_by_the_factory),
     ] = ()
     offloading: Offloading | None = None
     dynamo: Annotated[Mapping[str, DynamoValue], PlainValidator(_dynamo)] = dataclasses.field(
@@ -763,6 +784,7 @@ class Recipe(Part):
     exclusive: Bool = False
     isolate: Bool = False
     requires: Annotated[tuple[str, ...], PlainValidator(_requirements)] = ()
+    reference: Annotated[str | Callable[..., Any], PlainValidator(_pipeline)] | None = None
 
     if TYPE_CHECKING:
 
@@ -772,7 +794,11 @@ class Recipe(Part):
             pipeline: str | Callable[..., Any],
             dtype: Any = None,
             quantization: Quantization | Mapping[str, Any] | Sequence[Quantization | Mapping[str, Any]] | None = None,
-            compilation: Compilation | Mapping[str, Any] | Sequence[Compilation | Mapping[str, Any]] | None = (),
+            compilation: Compilation
+            | Mapping[str, Any]
+            | Sequence[Compilation | Mapping[str, Any]]
+            | Literal["factory"]
+            | None = (),
             offloading: Offloading | Mapping[str, Any] | None = None,
             dynamo: Mapping[str, DynamoValue] = ...,
             call: Call | Mapping[str, Any] = ...,
@@ -787,6 +813,7 @@ class Recipe(Part):
             exclusive: bool = False,
             isolate: bool = False,
             requires: Strings = (),
+            reference: str | Callable[..., Any] | None = None,
         ) -> None: ...
 
     @field_validator("quantization")
@@ -839,7 +866,7 @@ class Recipe(Part):
             return None
         mistakes = []
         for index, compilation in enumerate(info.data.get("compilation", ())):
-            hooked = offloading.components is None or compilation.component in offloading.components
+            hooked = offloading.components is None or compilation.owner in offloading.components
             if compilation.fullgraph and compilation.scope == "module" and hooked:
                 found = f"true with scope = 'module' on {compilation.component!r}, "
                 found += f"which offloading strategy = {offloading.strategy!r} puts hooks on"
@@ -926,6 +953,8 @@ class Recipe(Part):
         for part in ("compilation", "caching"):
             if len(getattr(self, part)) == 1:
                 (fields[part],) = fields[part]
+        if self.compilation == _by_the_factory(FACTORY):
+            fields["compilation"] = FACTORY
         return tomli_w.dumps({"recipe": {self.name: fields}})
 
 

@@ -137,7 +137,8 @@ def judge(given: Evidence) -> Verdict:
             f"the eager reference did not run: {reference.failure}",
             evidence=[f"in {reference.name}", *reference.failure.lines],
         )
-    own = given.observation
+    inlined = set(given.observation.compiles.inlined)
+    own, reference = _seen_outside(given.observation, inlined), _seen_outside(reference, inlined)
     dead = _overwritten(own, reference) or _degenerate(own) or _degenerate(reference, " of the eager reference")
     if problem := dead:
         return given.failed(NAME, problem)
@@ -194,6 +195,17 @@ def judge(given: Evidence) -> Verdict:
         f"({figures['yardstick']}){_would_have_caught(seen)}",
         **figures,
     )
+
+
+def _seen_outside(observation: Observation, inlined: set[str]) -> Observation:
+    """The observation without what components return that run inside of other compiled code: nobody sees that there."""
+    if not inlined:
+        return observation
+    outputs, precise = (
+        tuple(output for output in found if output.component not in inlined)
+        for found in (observation.outputs, observation.precise_outputs)
+    )
+    return replace(observation, outputs=outputs, precise_outputs=precise)
 
 
 def sharper(verdict: Verdict, wide: Evidence | UnverifiableError, dtype: str) -> Verdict:

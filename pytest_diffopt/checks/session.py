@@ -239,10 +239,13 @@ class Session:
         if observation.failure is not None:
             return observation, None  # there is nothing to compare
         reference = observation
-        if recipe.compilation or recipe.offloading is not None:
+        if recipe.compilation or recipe.offloading is not None or recipe.reference is not None:
             # eager also where the factory compiles by itself; otherwise a wrong compiler would be compared with itself
             eager = recipe.without("compilation", "offloading", "dynamo")
-            reference = self._eager(eager) if recipe.compilation else self.observe(eager)
+            if recipe.reference is not None:
+                eager = eager.replace(name=f"{recipe.name}'s reference", pipeline=recipe.reference, reference=None)
+            compiles = bool(recipe.compilation) or recipe.reference is not None
+            reference = self._eager(eager) if compiles else self.observe(eager)
         elif any(region.graph_runs for region in observation.compiles.regions):
             reference = self._observe(recipe, force_eager=True)  # the factory compiles by itself
         return observation, reference

@@ -153,6 +153,7 @@ def pages_of(config: pytest.Config) -> PageRuns:
         config.stash[PAGES] = PageRuns(
             settings.device,
             allow_hub=settings.hub,
+            compile_backend=settings.compile_backend,
             seconds=settings.docs_timeout,
             registry=registry_of(config),
             progress=config.stash[PROGRESS].say,

@@ -73,7 +73,7 @@ def _module_in(folder: Path, name: str) -> Path | None:
 
 
 def _references(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    named = [("pipeline", recipe.pipeline), ("call.inputs", recipe.call.inputs)]
+    named = [("pipeline", recipe.pipeline), ("reference", recipe.reference), ("call.inputs", recipe.call.inputs)]
     named += [("compilation.backend", one.backend) for one in recipe.compilation]
     for key, value in named:
         if isinstance(value, str) and ":" in value and "/" not in value:

@@ -306,9 +306,12 @@ def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
     """A pipeline in a directory that is named from the recipe file's own folder, wherever pytest was started."""
-    if not isinstance(recipe.pipeline, str) or not (folder / recipe.pipeline / "model_index.json").is_file():
-        return recipe
-    return recipe.replace(pipeline=str(folder / recipe.pipeline))
+    found = {
+        field: str(folder / name)
+        for field, name in (("pipeline", recipe.pipeline), ("reference", recipe.reference))
+        if isinstance(name, str) and (folder / name / "model_index.json").is_file()
+    }
+    return recipe.replace(**found) if found else recipe
 
 
 def _shown_path(path: Path, config: pytest.Config) -> str:

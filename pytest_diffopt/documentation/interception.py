@@ -59,7 +59,9 @@ class Interception:
     _wrapped: set[type] = field(default_factory=set)
     _kept: list[Any] = field(default_factory=list)
 
-    def install(self, on_call: CallHandler, *, compiles: bool, offloads: bool, device: str) -> None:
+    def install(
+        self, on_call: CallHandler, *, compiles: bool, offloads: bool, device: str, compile_backend: str | None = None
+    ) -> None:
         """Patch the libraries.
 
         Args:
@@ -67,9 +69,10 @@ class Interception:
                 the call itself; returns its result.
             compiles: False leaves eager what the block compiles. offloads: False places what the block offloads.
             device: where that is then placed, if the block does not say.
+            compile_backend: in place of the backends that the block names.
         """
         self._see_calls(on_call)
-        self._see_compiles(really=compiles)
+        self._see_compiles(really=compiles, backend=compile_backend)
         self._see_offloads(really=offloads, device=device)
         self._make_pictures()
         self._see_single_files()
@@ -112,7 +115,7 @@ class Interception:
 
     # torch.compile.
 
-    def _see_compiles(self, *, really: bool) -> None:
+    def _see_compiles(self, *, really: bool, backend: str | None) -> None:
         import torch
 
         compile_: Any = torch.compile
@@ -124,6 +127,9 @@ class Interception:
                 return lambda function: seen(function, **kwargs)
             self.compiles.append(_described(model, kwargs))
             self._kept.append(model)  # so that no other object gets its id
+            if backend is not None:
+                of_inductor = ("mode", "options") if backend != "inductor" else ()  # other backends refuse them
+                kwargs = {key: value for key, value in kwargs.items() if key not in of_inductor} | {"backend": backend}
             return compile_(model, **kwargs) if really else model
 
         torch.compile = seen

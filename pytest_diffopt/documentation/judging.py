@@ -253,9 +253,6 @@ def _use(name: str, run: BlockRun, recipe: Recipe | None) -> Verdict:
             problems.append(f"{where} fails, and the block hides it: {error}")
         elif error.error not in _OPTIONAL:
             problems.append(f"{where} fails, and the block handles it: {error}")
-    for problem in _methods_that_ran_eager(run):
-        failed = True
-        problems.append(problem)
     told = len(problems)
     problems += run.idle
     parts = configured(recipe) if recipe is not None else ()
@@ -272,29 +269,6 @@ def _use(name: str, run: BlockRun, recipe: Recipe | None) -> Verdict:
     if problems:
         return Verdict(USE, name, "failed" if failed else "unverified", "; ".join(problems))
     return Verdict(USE, name, "passed", f"{', '.join(run.called)} was called on {run.accelerator}")
-
-
-def _methods_that_ran_eager(run: BlockRun) -> list[str]:
-    """Methods of components that are compiled by themselves and whose compiled code did not run, a sentence each."""
-    observation = run.read_observation() if run.compiled_methods and run.called else None
-    if observation is None:
-        return []
-    problems = []
-    for name in run.compiled_methods:
-        component, _, method = name.partition(".")
-        regions = [
-            region
-            for region in observation.compiles.regions
-            if region.component == component and region.place.function.rpartition(".")[2] == method
-        ]
-        entries, engaged = sum(one.entries for one in regions), sum(one.engaged for one in regions)
-        if not entries:
-            problems.append(f"{name} is compiled, and nothing ever calls it")
-        elif engaged < entries:
-            reasons = list(dict.fromkeys(reason for one in regions for reason in one.reasons))
-            why = f": {reasons[0]}" if reasons else ""
-            problems.append(f"{name} is compiled, and {entries - engaged} of its {entries} calls ran eager{why}")
-    return problems
 
 
 # The checks of a recipe.

@@ -36,12 +36,10 @@ class LiveRecipe:
     Attributes:
         recipe: what was read.
         beside: what is set on the pipeline and cannot be said by a recipe, a sentence each.
-        methods: of components, that are compiled by themselves: ``"vae.decode"``.
     """
 
     recipe: Recipe
     beside: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
 
     @property
     def configures(self) -> tuple[str, ...]:
@@ -55,7 +53,6 @@ class _Reading:
 
     fields: dict[str, Any] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
-    methods: list[str] = field(default_factory=list)
 
 
 def configured(recipe: Recipe) -> tuple[str, ...]:
@@ -122,7 +119,7 @@ def read(
     if arguments is not None:
         reading.fields["call"] = call_of(arguments)
     _beside(pipeline, reading)
-    return LiveRecipe(Recipe(**reading.fields), tuple(reading.beside), tuple(dict.fromkeys(reading.methods)))
+    return LiveRecipe(Recipe(**reading.fields), tuple(reading.beside))
 
 
 def call_of(arguments: Mapping[str, Any]) -> Call:
@@ -211,23 +208,31 @@ def _quantization(components: Mapping[str, torch.nn.Module], seen: Interception,
 
 
 def _compilation(components: Mapping[str, torch.nn.Module], seen: Interception, reading: _Reading) -> None:
-    compiled: list[Compilation] = []
-    told: set[int] = set()
+    compiled: dict[str, Compilation] = {}
+    known: set[int] = set()
     for name, module in components.items():
         root = compilation.original_module(module)
-        by_id = {id(inner): path for path, inner in root.named_modules()}
-        own = [call for call in seen.compiles if call.module_id in by_id]
-        told |= {id(call) for call in own}
-        whole = [call for call in own if by_id[call.module_id] == "" and call.method in ("", "forward", "_call_impl")]
-        parts = [call for call in own if by_id[call.module_id] != ""]
-        others = [call for call in own if call not in whole and call not in parts]
-        reading.methods += [f"{name}.{call.method}" for call in others]
-        if whole or parts:
-            scope = "module" if whole else "repeated_blocks"
-            compiled.append(_one(name, scope, (whole or parts)[-1], seen.memory_formats.get(id(root))))
-    elsewhere = [call for call in seen.compiles if id(call) not in told]
-    reading.beside += sorted({f"{call.function} is compiled, which is no component" for call in elsewhere})
-    reading.fields["compilation"] = tuple(compiled)
+        paths = {id(inner): path for path, inner in compilation.named_modules(root)}
+        blocks = {paths[id(inner)] for inner in root.modules() if type(inner).__name__ in _repeated(root)}
+        blocks |= set(compilation.repeated_classes(root))
+        for call in (one for one in seen.compiles if one.module_id in paths):
+            known.add(id(call))
+            path = paths[call.module_id]
+            method = "" if call.method in ("", "forward", "_call_impl") else call.method
+            regional = path in blocks and not method
+            target = name if regional else ".".join(part for part in (name, path, method) if part)
+            scope = "repeated_blocks" if regional else "module"
+            if regional and target in compiled and compiled[target].scope == "module":
+                continue  # what is compiled whole has its blocks in it
+            compiled[target] = _one(target, scope, call, seen.memory_formats.get(id(root)))
+    for call in seen.compiles:
+        if id(call) not in known:  # of the pipeline itself, or of nothing that it holds
+            compiled.setdefault(call.function, _one(call.function, "factory", call, None))
+    reading.fields["compilation"] = tuple(compiled.values())
+
+
+def _repeated(root: torch.nn.Module) -> set[str]:
+    return set(getattr(root, "_repeated_blocks", None) or ())
 
 
 def _one(name: str, scope: Any, call: CompileCall, memory_format: str | None) -> Compilation:

@@ -188,6 +188,7 @@ class _Observing:
         self.interception.install(
             self._on_call,
             compiles=order.variant != "eager",
+            compile_backend=order.compile_backend,
             offloads=order.variant == "as written",
             device=device,
         )
@@ -375,7 +376,6 @@ class _Observing:
             idle=(*self._idle(namespace), *self._switches_without_use()),
             not_judged=tuple(dict.fromkeys(self.seen.not_judged)),
             beside=read.beside if read is not None else (),
-            compiled_methods=read.methods if read is not None else (),
             shrunk=tuple(dict.fromkeys(map(str, self.seen.shrunk))),
             pictures=tuple(dict.fromkeys(self.interception.pictures)),
             not_encoded=tuple(dict.fromkeys(self.interception.not_encoded)),
@@ -425,7 +425,7 @@ class _Observing:
         """What was configured and never called, a sentence each."""
         judged = self.watched.live.pipeline if self.watched.live is not None else None
         parts = _components(judged).values() if judged is not None else ()
-        held = {id(compilation.original_module(module)) for module in parts}
+        held = {id(inner) for module in parts for inner in compilation.original_module(module).modules()}
         sentences = []
         for name, value in _left(namespace):
             modules = {id(compilation.original_module(one)) for one in _components(value, name).values()}

@@ -33,6 +33,7 @@ class Order:
         sizes: hub id → height, width and frames of a call of its replica.
         first_call: the first of the block's calls that is judged, by its number; None for the first one with anything
             configured.
+        compile_backend: in place of the backends that the block names.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Order:
     small: bool = True
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     first_call: int | None = None
+    compile_backend: str | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Order:

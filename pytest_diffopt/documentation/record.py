@@ -59,7 +59,6 @@ class BlockRun:
         idle: what was configured and never called, a sentence each.
         not_judged: calls that were made and are not judged, a sentence each.
         beside: what a recipe cannot say.
-        compiled_methods: methods of components that are compiled by themselves, ``"vae.decode"``.
         shrunk: what was made small.
         pictures: addresses that a generated picture stands for.
         not_encoded: videos that were not written, since nothing that encodes them is installed.
@@ -83,7 +82,6 @@ class BlockRun:
     idle: tuple[str, ...] = ()
     not_judged: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
-    compiled_methods: tuple[str, ...] = ()
     shrunk: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     not_encoded: tuple[str, ...] = ()

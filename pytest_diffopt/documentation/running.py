@@ -36,6 +36,7 @@ class PageRuns:
     Args:
         device: kind of the accelerator, or ``auto``.
         allow_hub: hub ids mean the real repositories, and calls are as large as they are written.
+        compile_backend: in place of the backends that blocks name.
         seconds: after which a block is stopped.
         progress: told in a few words what is being run.
     """
@@ -45,11 +46,13 @@ class PageRuns:
         device: str = "auto",
         *,
         allow_hub: bool = False,
+        compile_backend: str | None = None,
         seconds: float = BLOCK_SECONDS,
         registry: Registry = registry,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.allow_hub = allow_hub
+        self.compile_backend = compile_backend
         self.seconds = seconds
         self._registry = registry
         self._progress = progress or (lambda text: None)
@@ -110,6 +113,7 @@ class PageRuns:
                 small=not self.allow_hub,
                 sizes=sizes,
                 first_call=first_call,
+                compile_backend=self.compile_backend,
             )
 
         self._progress(f"{page.path.name}:{block.line}")

@@ -46,6 +46,7 @@ from pytest_diffopt.preparation import kept_tables
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
 from pytest_diffopt.preparation.pipeline import Prepared, prepare
 from pytest_diffopt.quantization_backends import BACKENDS
+from pytest_diffopt.recipe import FACTORY
 from pytest_diffopt.replicas.catalogue import registry
 from pytest_diffopt.replicas.checkpoint import PUBLISHED_SHARD_BYTES, write_checkpoint
 from pytest_diffopt.replicas.description import Description, kind, parameter_count
@@ -146,7 +147,9 @@ def _described(recipe: Recipe, model: str | None) -> Description:
             f"and {description.name} a {description.pipeline_class}."
         )
     modules = [name for name, component in description.components.items() if kind(component) == "module"]
-    parts: list[tuple[str, Sequence[str]]] = [("compilation", [one.component for one in recipe.compilation])]
+    parts: list[tuple[str, Sequence[str]]] = [
+        ("compilation", [one.owner for one in recipe.compilation if one.component != FACTORY])
+    ]
     for quantization in recipe.quantizations:
         if not BACKENDS[quantization.backend].forecasts:
             known = ", ".join(name for name, backend in BACKENDS.items() if backend.forecasts)
@@ -215,9 +218,7 @@ def _memory_formats(recipe: Recipe) -> list[tuple[str, torch.memory_format]]:
     import torch
 
     return [
-        (one.component, getattr(torch, one.memory_format))
-        for one in recipe.compilation
-        if one.memory_format is not None
+        (one.owner, getattr(torch, one.memory_format)) for one in recipe.compilation if one.memory_format is not None
     ]
 
 
@@ -587,7 +588,7 @@ class _Run:
         for compilation in recipe.compilation:
             if not _records_graphs(compilation):
                 continue
-            component = compilation.component
+            component = compilation.owner
             works = max((phase.working.get(component, 0) for phase in (record.phases if record else ())), default=0)
             own = [one.peak for one in peaks.phases if one.phase == "call" and one.component == component]
             pools[component] = works + max((peak.high - peak.expected for peak in own), default=0)

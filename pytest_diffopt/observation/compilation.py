@@ -57,11 +57,33 @@ def meant_codes(function: Any) -> tuple[CodeType, ...]:
     return tuple(dict.fromkeys(code for code in codes if code is not unimplemented))
 
 
-def _innermost_code(function: Any) -> CodeType | None:
-    seen = set()
+def _owner_of(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, str]:
+    """(whose method a compiled callable is, its name); the name is empty where it is the module's call.
+
+    What was compiled in the body of a class is a plain function, and gets its module as the first argument.
+    """
+    for inner in _unwrapped(function):
+        function = inner
+        if getattr(inner, "__self__", None) is not None:
+            break
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    code = getattr(function, "__code__", None)
+    if owner is None and arguments and isinstance(code, CodeType) and code.co_varnames[:1] == ("self",):
+        owner = arguments[0]
+    return owner, "" if name in _CALLS_FORWARD else name
+
+
+def _unwrapped(function: Any) -> Iterator[Any]:
+    """The function, and what is inside of it, one decorator or partial after the other."""
+    seen: set[int] = set()
     while id(function) not in seen:
+        yield function
         seen.add(id(function))
-        function = getattr(function, "func", getattr(function, "__wrapped__", function))  # partials, decorators
+        function = getattr(function, "func", getattr(function, "__wrapped__", function))
+
+
+def _innermost_code(function: Any) -> CodeType | None:
+    *_, function = _unwrapped(function)
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
@@ -162,6 +184,11 @@ class CompileWatch:
         self._open = False
         self._stack = contextlib.ExitStack()
         self.on_compile: Callable[[str], None] | None = None
+        self.roots: dict[CodeType, tuple[str, ...]] = {}
+        """The forward of whole components, by which a graph of something else tells that they are in it."""
+        self._inlined: dict[str, None] = {}
+        self.also_meant: dict[int, tuple[CodeType, ...]] = {}
+        """id of a module → code of its parts that is meant as well: a cache's hooks keep the whole out of one graph."""
 
     def __enter__(self) -> CompileWatch:
         self._stack.enter_context(private_torch.listening(self))
@@ -202,13 +229,17 @@ class CompileWatch:
                 for (call, component, region), runs in self._runs.items()
             ),
             graph_runs_outside=self._outside_runs,
+            inlined=tuple(self._inlined),
         )
 
     # What the adapter tells; see DynamoListener.
 
-    def region_entered(self, function: Any, active: bool) -> None:
-        component, region = self._name(getattr(function, "__self__", None))
-        codes = meant_codes(function)
+    def region_entered(self, function: Any, arguments: tuple[Any, ...], active: bool) -> None:
+        owner, method = _owner_of(function, arguments)
+        component, region = self._name(owner)
+        if component and method:
+            region = f"{region}.{method}".lstrip(".")
+        codes = meant_codes(function) + self.also_meant.get(id(owner), ())
         place = place_of(codes[0]) if codes else Place("", 0, getattr(function, "__qualname__", repr(function)))
         if not component and not region:
             region = place.function
@@ -263,6 +294,10 @@ class CompileWatch:
             frame.operations += operations
         made_from = {private_torch.original_code(c) for c in traced}
         made_from |= {private_torch.original_code(c) for c in (code, frame.code if frame else None) if c is not None}
+        entered = {entry.component for entry in self._entries}
+        for component in (name for one in made_from for name in self.roots.get(one, ())):
+            if entered and component not in entered:
+                self._inlined[component] = None
 
         def ran() -> None:
             if not self._open:

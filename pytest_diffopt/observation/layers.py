@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.observation.observation import Layer, OtherParameters
+from pytest_diffopt.preparation.compilation import named_modules
 from pytest_diffopt.preparation.linear_layers import backend_of, is_linear_like, is_quantized_class
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.quantization_backends.backend import UNQUANTIZED, Backend, Stored, bytes_of, parts_of
@@ -108,7 +109,7 @@ def manifest(component: str, module: torch.nn.Module) -> tuple[tuple[Layer, ...]
 
     layers: list[Layer] = []
     quantized_weights = set()
-    for path, inner in module.named_modules():
+    for path, inner in named_modules(module):
         if is_linear_like(inner) or is_quantized_embedding(inner):
             layer = read_layer(component, path, inner)
             layers.append(layer)

@@ -111,12 +111,17 @@ class RegionRuns:
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """What the compile watch wrote down."""
+    """What the compile watch wrote down.
+
+    Attributes:
+        inlined: components that are a part of a graph of something else: what they return is seen by nobody there.
+    """
 
     frames: tuple[FrameAttempt, ...] = ()
     graph_breaks: tuple[GraphBreak, ...] = ()
     regions: tuple[RegionRuns, ...] = ()
     graph_runs_outside: int = 0
+    inlined: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> int:
@@ -425,12 +430,14 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class CacheState:
-    """A component's cache as it stood: its kind (``""`` for none), and its hooks before the calls and after."""
+    """A component's cache as it stood: its kind (``""`` for none), its hooks before the calls and after, and the paths of the
+    parts that have them, the component itself apart."""
 
     component: str
     kind: str
     hooks: int
     hooks_after: int
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from types import CodeType
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_diffopt.accelerators import Accelerator, select
 from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation import private_torch
-from pytest_diffopt.observation.compilation import CompileWatch
+from pytest_diffopt.observation.compilation import CompileWatch, meant_codes
 from pytest_diffopt.observation.dispatching import AttentionWatch, CacheWatch
 from pytest_diffopt.observation.failures import failure_of
 from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest
@@ -260,6 +261,11 @@ class Run:
         counting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self.recipe.compilation:
             counting = counting_executions(prepared, self.executions, lambda: self.watch.call)
+        self.watch.also_meant = self._behind_caches(prepared)
+        self.watch.roots = {}
+        for name, module in prepared.components.items():
+            for code in meant_codes(compilation.original_module(module)._call_impl)[:1]:
+                self.watch.roots[code] = (*self.watch.roots.get(code, ()), name)
         with (
             self.watch.naming(prepared.module_names()),
             recording(prepared, self.recorder, self.memory.ledger, self.syncs),
@@ -433,6 +439,16 @@ class Run:
         components = {one.component: (prepared.components[one.component], one.kind) for one in self.recipe.caching}
         return {name: len(list(caching.cache_hooks(*given))) for name, given in components.items()}
 
+    def _behind_caches(self, prepared: Prepared) -> dict[int, tuple[CodeType, ...]]:
+        """id of a component with a cache → the code of the parts that it decides on, whose hooks run outside of graphs."""
+        found: dict[int, tuple[CodeType, ...]] = {}
+        for one in self.recipe.caching:
+            root = compilation.original_module(prepared.components[one.component])
+            hooked = [root.get_submodule(path) for path, _ in caching.cache_hooks(root, one.kind) if path]
+            codes = [code for inner in hooked for code in meant_codes(inner._call_impl)[:1]]
+            found[id(root)] = tuple(dict.fromkeys(codes))
+        return found
+
     def _describe_denoisers_after(self, prepared: Prepared, hooks_before: dict[str, int]) -> None:
         """What the calls left of the attention backend and the caches."""
         if self.recipe.attention is not None:
@@ -441,7 +457,9 @@ class Run:
         hooks_after = self._hooks_of_caches(prepared)
         for name, count in hooks_before.items():
             found = caching.caching_of(prepared.components[name])
-            self.caches.append(CacheState(name, found[0] if found else "", count, hooks_after[name]))
+            kind = found[0] if found else ""
+            hooked = dict.fromkeys(path for path, _ in caching.cache_hooks(prepared.components[name], kind) if path)
+            self.caches.append(CacheState(name, kind, count, hooks_after[name], tuple(hooked)))
 
     def _compare_state(
         self, before: state.Snapshot, after: state.Snapshot, *, with_random: bool, declared: Iterable[str] = ()
@@ -600,6 +618,7 @@ class Run:
                 graph_breaks=self.breaks_of_diagnosis.graph_breaks,
                 regions=compiles.regions,
                 graph_runs_outside=compiles.graph_runs_outside,
+                inlined=compiles.inlined,
             )
         return Observation(
             recipe=self.recipe.to_dict(),

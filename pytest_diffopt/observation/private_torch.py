@@ -69,8 +69,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
 class DynamoListener(Protocol):
     """What the adapter tells. All methods are called on the thread that compiles or runs."""
 
-    def region_entered(self, function: Any, active: bool) -> None:
-        """A compiled callable was called; ``active`` is False where a stance or setting makes Dynamo stand aside."""
+    def region_entered(self, function: Any, arguments: tuple[Any, ...], active: bool) -> None:
+        """A compiled callable was called with these positional arguments; ``active`` is False where a stance or setting
+        makes Dynamo stand aside."""
 
     def region_left(self) -> None:
         """The compiled callable of the matching :meth:`region_entered` returned or raised."""
@@ -308,7 +309,9 @@ def _wrap_enter(original: Callable[..., Any]) -> Callable[..., Any]:
         frame = _region_frame(sys._getframe(1))
         if frame is not None and callable(callback):
             _broadcast.open_regions.append((id(frame), False))
-            _broadcast.tell("region_entered", frame.f_locals.get("fn"), callable(active))
+            given = frame.f_locals.get("args")
+            arguments = given if isinstance(given, tuple) else ()
+            _broadcast.tell("region_entered", frame.f_locals.get("fn"), arguments, callable(active))
         return active
 
     return _callback_from_stance

@@ -6,6 +6,7 @@ None of them touches compiled code: a module that is compiled whole is recorded 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,9 +45,36 @@ def recording(prepared: Prepared, recorder: OutputRecorder, *watches: RunningWat
     """
     with contextlib.ExitStack() as stack:
         if not prepared.is_model:
-            for name, module in prepared.components.items():
-                _Recording(name, module, recorder, watches).install(stack)
+            recordings = [_Recording(name, module, recorder, watches) for name, module in prepared.components.items()]
+            for one in recordings:
+                one.install(stack)
+            stack.enter_context(_around_wrappers(recordings))
         yield
+
+
+@contextlib.contextmanager
+def _around_wrappers(recordings: Sequence[_Recording]) -> Iterator[None]:
+    """Record what ``torch.compile(component)`` returns, wherever a pipeline keeps that wrapper: inside it is a graph."""
+    from torch._dynamo import OptimizedModule
+
+    kind: Any = OptimizedModule
+    by_module = {id(compilation.original_module(one.module)): one for one in recordings}
+    original = kind.__call__
+    own = "__call__" in vars(kind)
+
+    def call(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+        one = by_module.get(id(vars(wrapper).get("_modules", {}).get("_orig_mod")))
+        inner = functools.partial(original, wrapper)
+        return inner(*args, **kwargs) if one is None else one.around(inner)(*args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        if own:
+            kind.__call__ = original
+        else:
+            del kind.__call__
 
 
 class _Recording:
@@ -62,7 +90,7 @@ class _Recording:
         module: Any = self.module
         compiled_call = getattr(module, "_compiled_call_impl", None)
         if compiled_call is not None:
-            self._replace(stack, "_compiled_call_impl", self._around(compiled_call))
+            self._replace(stack, "_compiled_call_impl", self.around(compiled_call))
         else:
             stack.callback(module.register_forward_pre_hook(self._entered).remove)
             stack.callback(module.register_forward_hook(self._left, always_call=True).remove)
@@ -70,9 +98,9 @@ class _Recording:
             original = getattr(module, method, None)
             # a submodule of that name is no method; one that was compiled by itself is a function on the instance
             if inspect.ismethod(original) or (method in vars(module) and inspect.isfunction(original)):
-                self._replace(stack, method, self._around(original))
+                self._replace(stack, method, self.around(original))
 
-    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if _traced():
                 return original(*args, **kwargs)
@@ -130,7 +158,7 @@ def _traced() -> bool:
 def counting_executions(
     prepared: Prepared, counts: dict[tuple[int, str, str], int], current_call: Callable[[], int]
 ) -> Iterator[None]:
-    """Count how often the forward of each component, and of each block in it, really runs in an eager run.
+    """Count how often the forward of each component, of its parts and of each block in it really runs in an eager run.
 
     Counted by code object, so that a caller who holds ``forward`` itself is counted like one who calls the module.
     """
@@ -139,9 +167,16 @@ def counting_executions(
     roots: dict[CodeType, list[str]] = {}
     for component, module in prepared.components.items():
         root = compilation.original_module(module)
-        paths = {path: inner for path, inner in root.named_modules() if path == "" or path.rpartition(".")[2].isdigit()}
+        named = dict(compilation.named_modules(root))
         repeated = set(getattr(root, "_repeated_blocks", None) or ())
-        paths |= {path: inner for path, inner in root.named_modules() if type(inner).__name__ in repeated}
+        paths = {
+            path: inner
+            for path, inner in named.items()
+            if "." not in path
+            or path.rpartition(".")[2].isdigit()
+            or type(inner).__name__ in repeated
+            or hasattr(inner, "_diffusers_hook")
+        }
         for path, inner in paths.items():
             codes = meant_codes(inner._call_impl)
             if codes:

@@ -1,11 +1,13 @@
-"""Compiles what a recipe says: a component whole, or its repeated blocks; and says which modules are compiled now."""
+"""Compiles what a recipe says, a component, its repeated blocks, a part or a method; and says what is compiled now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
+from pytest_diffopt.part import did_you_mean
 from pytest_diffopt.preparation.linear_layers import is_linear_like
 from pytest_diffopt.references import resolve_callable
 
@@ -18,22 +20,34 @@ _ENOUGH_LINEARS = 4
 """A repeated module with fewer Linear layers is a projection, not a block worth compiling."""
 
 
-def compiled_ids(components: Mapping[str, torch.nn.Module]) -> set[int]:
-    """Identities of the modules that are compiled already."""
-    found = set()
+Compiled = tuple[int, str]
+"""The identity of a module, and the name of its method that is compiled; empty for its call."""
+
+
+def compiled_ids(components: Mapping[str, torch.nn.Module]) -> set[Compiled]:
+    """What is compiled already."""
+    found: set[Compiled] = set()
     for module in components.values():
         root = original_module(module)
         if is_compiled(module):
-            found.add(id(root))
-        found |= {id(inner) for inner in root.modules() if is_compiled(inner)}
+            found.add((id(root), ""))
+        for inner in root.modules():
+            found |= {(id(inner), "")} if is_compiled(inner) else set()
+            found |= {(id(inner), name) for name in compiled_methods(inner)}
     return found
 
 
-def uncompile(module: torch.nn.Module, keep: set[int]) -> None:
-    """Take compiled calls off a module and its parts, except those that were there before."""
+def uncompile(module: torch.nn.Module, keep: set[Compiled]) -> None:
+    """Take compiled calls and methods off a module and its parts, except those that were there before."""
     for inner in original_module(module).modules():
-        if id(inner) not in keep and getattr(inner, "_compiled_call_impl", None) is not None:
+        if (id(inner), "") not in keep and getattr(inner, "_compiled_call_impl", None) is not None:
             object.__setattr__(inner, "_compiled_call_impl", None)
+        for name in compiled_methods(inner):
+            if (id(inner), name) not in keep and name in vars(inner):
+                original = vars(inner)[name]._torchdynamo_orig_callable
+                object.__delattr__(inner, name)
+                if getattr(inner, name, None) != original:  # it stood on the instance before
+                    object.__setattr__(inner, name, original)
 
 
 def original_module(module: torch.nn.Module) -> torch.nn.Module:
@@ -42,9 +56,44 @@ def original_module(module: torch.nn.Module) -> torch.nn.Module:
     return inner  # type: ignore[no-any-return]
 
 
+def named_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """What ``named_modules`` gives, with paths as they are without ``torch.compile``'s wrappers."""
+    for path, inner in original_module(module).named_modules():
+        if not hasattr(inner, "_orig_mod"):
+            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), inner
+
+
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calling this very module enters a compiled region."""
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    """Whether calling this very module enters a compiled region, by itself or by its ``forward``."""
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        return True
+    return is_compiled_function(getattr(module, "forward", None))
+
+
+def is_compiled_function(function: object) -> bool:
+    """Whether it is what ``torch.compile`` made of a function, as it is or inside a ``functools.partial``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    made = getattr(function, "_torchdynamo_orig_callable", None) is not None
+    return made and not getattr(function, "_torchdynamo_disable", False)
+
+
+def compiled_methods(module: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the methods of this very module that are compiled, ``forward`` apart: of the instance, and of its class."""
+    kind: Any = type(module)
+    own = (name for name, value in vars(module).items() if is_compiled_function(value))
+    return tuple(name for name in dict.fromkeys((*own, *_of_class(kind))) if name not in _CALLS)
+
+
+_CALLS = ("forward", "_compiled_call_impl")
+
+
+@functools.cache
+def _of_class(kind: Any) -> tuple[str, ...]:
+    import torch
+
+    classes = kind.__mro__[: kind.__mro__.index(torch.nn.Module)] if torch.nn.Module in kind.__mro__ else ()
+    return tuple(name for one in classes for name, value in vars(one).items() if is_compiled_function(value))
 
 
 def resolve_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
@@ -71,12 +120,9 @@ def compile_components(
 
     own = compiled_ids(components)
     for compilation in compilations:
-        if compilation.component not in components:
-            raise PreparationError(
-                f"compilation.component: found {compilation.component!r}; "
-                f"the pipeline has: {', '.join(sorted(components))}"
-            )
-        module = components[compilation.component]
+        if compilation.scope == "factory":
+            continue  # the factory has compiled what it compiles
+        module, method = target_of(components, compilation.component)
         if compilation.memory_format is not None:
             module.to(memory_format=getattr(torch, compilation.memory_format))  # type: ignore[call-overload]
         kwargs: dict[str, Any] = {
@@ -89,12 +135,46 @@ def compile_components(
             kwargs["mode"] = compilation.mode
         if compilation.options and not overridden:
             kwargs["options"] = dict(compilation.options)
-        if id(original_module(module)) in own:
+        if (id(original_module(module)), method) in own:
             continue  # a factory that compiled the component itself is judged as it stands
-        if compilation.scope == "module":
+        if method:
+            object.__setattr__(module, method, torch.compile(getattr(module, method), **kwargs))
+        elif compilation.scope == "module":
             compile_module(module, kwargs)
         else:
             _compile_repeated_blocks(compilation.component, module, kwargs)
+
+
+def target_of(components: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str]:
+    """The module that ``"vae.decoder"`` or ``"vae.decode"`` names, and the name of its method; empty for its call.
+
+    Raises:
+        PreparationError: there is nothing of that name.
+    """
+    import torch
+
+    first, *path = name.split(".")
+    if first not in components:
+        raise PreparationError(
+            f"compilation.component: found {name!r}; {did_you_mean(name, components)}"
+            f"the pipeline has: {', '.join(sorted(components))}"
+        )
+    module = components[first]
+    for depth, part in enumerate(path):
+        found = getattr(original_module(module), part, None)
+        if isinstance(found, torch.nn.Module):
+            module = found
+            continue
+        if callable(found) and depth == len(path) - 1:
+            return original_module(module), "" if part == "forward" else part
+        root = original_module(module)
+        parts = [*dict(root.named_children()), *(way for way in ("encode", "decode") if hasattr(root, way))]
+        raise PreparationError(
+            f"compilation.component: found {name!r}; {did_you_mean(part, parts)}"
+            f"{'.'.join((first, *path[:depth]))} ({type(root).__name__}) has no part or method {part!r}; "
+            f"it has: {', '.join(parts) or 'no parts'}"
+        )
+    return module, ""
 
 
 def _compile_repeated_blocks(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
@@ -172,21 +252,26 @@ def _linears(module: torch.nn.Module) -> int:
 
 
 def compiled_paths(module: torch.nn.Module) -> tuple[str, ...]:
-    """The paths of the modules in a component whose call enters a compiled region; ``""`` is the component itself."""
-    root = original_module(module)
-    paths = [path for path, inner in root.named_modules() if path and is_compiled(inner)]
-    return ("", *paths) if is_compiled(module) or is_compiled(root) else tuple(paths)
+    """The paths of the modules and methods in a component that enter a compiled region; ``""`` is the component itself."""
+    paths = [""] if is_compiled(module) else []
+    wrapped = {id(original_module(inner)) for inner in original_module(module).modules() if hasattr(inner, "_orig_mod")}
+    for path, inner in named_modules(module):
+        paths += [path] if is_compiled(inner) or id(inner) in wrapped else []
+        paths += [f"{path}.{method}".lstrip(".") for method in compiled_methods(inner)]
+    return tuple(dict.fromkeys(paths))
 
 
 def disabled_paths(module: torch.nn.Module) -> tuple[str, ...]:
     """The paths of compiled modules whose forward is marked with ``torch.compiler.disable``: compiling them does nothing."""
     root = original_module(module)
-    found = []
+    disabled = []
     for path in compiled_paths(module):
-        forward: Any = root.get_submodule(path).forward
+        owner, _, last = path.rpartition(".")
+        found: Any = getattr(root.get_submodule(owner), last) if path else root
+        forward = getattr(found, "forward", None)  # a method has none
         if getattr(forward, "_torchdynamo_disable", False):
-            found.append(path)
-    return tuple(found)
+            disabled.append(path)
+    return tuple(disabled)
 
 
 def siblings_not_compiled(module: torch.nn.Module) -> tuple[str, ...]:

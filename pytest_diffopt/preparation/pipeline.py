@@ -47,7 +47,7 @@ class Prepared:
     is_model: bool
     default_size: tuple[int, ...] | None = None
     default_kwargs: dict[str, Any] = field(default_factory=dict)
-    compiled_before: set[int] = field(default_factory=set)
+    compiled_before: set[compilation.Compiled] = field(default_factory=set)
     kept_plain: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept_float32: dict[str, tuple[str, ...]] = field(default_factory=dict)
     types_of_file: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Prepared:
         names: dict[int, tuple[str, str]] = {}
         for component, module in self.components.items():
             names.setdefault(id(module), (component, ""))
-            for path, inner in compilation.original_module(module).named_modules():
+            for path, inner in compilation.named_modules(module):
                 names.setdefault(id(inner), (component, path))
         return names
 

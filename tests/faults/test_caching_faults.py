@@ -93,6 +93,35 @@ def test_a_cached_recipe_is_compared_with_a_cached_reference(session: Session, f
     assert ("in the eager reference" in verdicts["caching"].sentence) == ("compilation" in fields)
 
 
+@pytest.mark.parametrize(
+    ("kind", "scope", "said"),
+    [
+        ("first_block_cache", "module", "compiled code ran in all 12 calls of transformer ("),
+        ("first_block_cache", "repeated_blocks", "calls of transformer ("),
+        ("taylorseer_cache", "module", "compiled code ran in all 6 calls of transformer ("),
+        ("pyramid_attention_broadcast", "repeated_blocks", "compiled code ran in all 48 calls of transformer ("),
+    ],
+)
+def test_a_step_that_is_reused_has_nothing_to_compile(session: Session, kind: str, scope: Any, said: str) -> None:
+    compilation = Compilation("transformer", backend="eager", scope=scope)
+    recipe = Recipe("cached", "tiny-flux", call=CALL, caching=HEALTHY[kind][0], compilation=compilation)
+    verdicts = {one.check: one for one in session.judge_all(recipe)}
+    assert {one.status for one in verdicts.values()} == {"passed"}, "\n".join(one.text for one in verdicts.values())
+    assert said in verdicts["engagement"].sentence
+    assert (", and a cache answered" in verdicts["engagement"].sentence) == (
+        kind != "pyramid_attention_broadcast" and " 12 " not in said
+    )
+
+
+@pytest.mark.parametrize("scope", ["module", "repeated_blocks"])
+def test_a_cache_whose_hooks_keep_every_block_from_being_compiled_fails(session: Session, scope: Any) -> None:
+    """diffusers' MagCache marks its hooks with ``torch.compiler.disable``, and the blocks run inside of them."""
+    compilation = Compilation("transformer", backend="eager", scope=scope)
+    recipe = Recipe("cached", "tiny-flux", call=CALL, caching=HEALTHY["mag_cache"][0], compilation=compilation)
+    found = session.judge(recipe, "engagement")
+    assert (found.status, found.sentence) == ("failed", "compiled code of transformer never ran")
+
+
 def test_a_threshold_under_which_every_step_computes_fails(session: Session) -> None:
     found = verdict(session, first_block(0.0))
     assert found.status == "failed"

@@ -202,6 +202,10 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, plugin: tuple[str, ...])
         ),
         ("Two ways", 0, "unverified", "use: the pipeline is called again, configured in another way"),
         ("Picture to picture", 0, "passed", "the plain pipeline: use, parity"),
+        ("A method compiled, and wrong", 0, "failed", "parity: vae, step 0 of call 0 is the first to differ: by 0.5"),
+        ("Its forward compiled", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
+        ("Blocks compiled in a loop", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
+        ("A method of the pipeline compiled", 0, "failed", "graph_breaks: "),
     ],
 )
 def test_each_pipeline_gets_its_verdict(pipelines: Ran, heading: str, number: int, verdict: str, reason: str) -> None:
@@ -220,7 +224,7 @@ def test_a_page_becomes_a_recipe_file_whose_recipes_hold(pipelines: Ran, plugin:
     parts = [
         (bool(one.compilation), one.offloading is not None, one.quantization is not None) for one in recipes.values()
     ]
-    assert parts.count((True, False, False)) == 6
+    assert parts.count((True, False, False)) == 9
     assert parts.count((False, True, False)) == 2
     assert (False, False, True) in parts
     offloaded = next(name for name, one in recipes.items() if one.offloading is not None)

@@ -6,6 +6,7 @@ import itertools
 import sys
 import types
 import unittest
+import unittest.mock
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -49,7 +50,9 @@ def database() -> list[Any]:
         sys.modules["expecttest"] = stand_in
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
+        # it forbids the whole process to set flags of torch.backends, which other tests do
+        with unittest.mock.patch("torch.backends.disable_global_flags"):
+            from torch.testing._internal.common_methods_invocations import op_db
     return list(op_db)
 
 

@@ -181,7 +181,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires, reference"
         ),
     ]
 
@@ -197,11 +197,11 @@ def test_the_error_names_its_source_and_counts_its_mistakes() -> None:
 
 
 def test_arguments_are_bound_as_by_any_function() -> None:
-    assert mistakes(Recipe, *"abcdefghijklmnopqrst") == [
+    assert mistakes(Recipe, *"abcdefghijklmnopqrstu") == [
         (
-            "Recipe: found 20 positional arguments; it takes 19: "
+            "Recipe: found 21 positional arguments; it takes 20: "
             "name, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, order, known_faults, "
-            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires"
+            "forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, requires, reference"
         )
     ]
     assert mistakes(Recipe, "a", "tiny", name="b") == ["name: found two values; by position or by name"]
@@ -321,7 +321,7 @@ def test_torch_dtypes_are_kept_as_their_names() -> None:
     [
         ({"component": ""}, "component: found ''; a string that is not empty"),
         ({"component": 3}, "component: found 3; a string"),
-        ({"scope": "blocks"}, "scope: found 'blocks'; allowed: 'module' or 'repeated_blocks'"),
+        ({"scope": "blocks"}, "scope: found 'blocks'; allowed: 'module', 'repeated_blocks' or 'factory'"),
         ({"dynamic": "auto"}, "dynamic: found 'auto'; true or false"),
         ({"fullgraph": None}, "fullgraph: found None; true or false"),
         (

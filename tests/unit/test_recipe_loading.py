@@ -212,7 +212,7 @@ def test_all_mistakes_of_a_file_are_named_in_the_order_of_its_recipes(tmp_path: 
                 "  recipe.base.name: found an unknown key; allowed keys: "
                 "extends, without, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, "
                 "order, known_faults, forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, "
-                "requires, matrix"
+                "requires, reference, matrix"
             ),
         ]
     )
@@ -314,7 +314,7 @@ def test_what_an_unknown_parent_may_have_given_is_not_missed() -> None:
                 "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "
                 "extends, without, pipeline, dtype, quantization, compilation, offloading, dynamo, call, contract, "
                 "order, known_faults, forecast, vae_tiling, vae_slicing, attention, caching, exclusive, isolate, "
-                "requires, matrix"
+                "requires, reference, matrix"
             ),
         ),
         ("compilation = ['unet']", "compilation[0]: found 'unet'; a table of: component, scope, backend, mode, "),
