@@ -12,7 +12,7 @@ later call overwrote; inputs whose in-place updates were lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,11 @@ EPSILON |= {"complex128": 2.0**-52, "complex64": 2.0**-23, "uint8": 1.1 / 255, "
 """The spacing of each dtype's numbers at 1; an image in whole bytes moves by one of its 255 steps."""
 
 ROUNDINGS = 0.25
-"""Of a dtype's spacing: correct kernels differ by this much even where the reference's own floor happens to be nought."""
+"""Of a dtype's spacing: correct kernels differ by this much even where the reference's own floor happens to be zero."""
+
+ROUNDINGS_OF_SUMS = 16.0
+"""The same for float32 and float64: sums of half precision are added up in float32 and rounded once, sums of these in their
+own dtype, where another order of the additions moves each sum by several roundings."""
 
 STACKED_ROUNDINGS = 16.0
 """What a stack of layers makes of one rounding; the floor where no run in a higher precision could be had."""
@@ -47,8 +51,13 @@ STACKED_ROUNDINGS = 16.0
 USABLE_FLOOR = 0.25
 """A higher precision that moves the result by more than this is no yardstick: the model decided something else there."""
 
-GAIN_SIGMAS = 6.0
-"""How many standard errors of its estimate the mean scale may be off before it counts as wrong."""
+GAIN_SIGMAS = 2.0
+"""How many standard deviations of a healthy mean scale one unit of ``parity_multiple`` allows: six by default."""
+
+INDEPENDENT, PRIOR_RUNS = 256, 4
+"""A rounding error has so many independent parts at most, however many elements: behind a stack of layers, behind steps and
+a VAE, neighbours round together. Measured over all replicas (``benchmarks/parity.py``); it counts as so many runs beside
+those of the reference itself."""
 
 SENSITIVE = 2.0
 """Other inputs must move the output by this many times what a mere repetition does."""
@@ -66,13 +75,13 @@ class Distance:
 
     Attributes:
         rms: root mean square of the difference over that of the values. largest: greatest difference over the greatest
-            value. gain: best-fitting scale minus 1. gain_error: the standard error of that estimate.
+            value. gain: best-fitting scale minus 1. rest: the rms of what is off beside that scale.
     """
 
     rms: float
     largest: float
     gain: float
-    gain_error: float
+    rest: float
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,17 @@ class Comparison:
     @property
     def excess(self) -> float:
         """How many times over what is allowed; at most 1 where it is within."""
-        return max(
-            _ratio(self.found.rms, self.allowed),
-            _ratio(self.found.largest, self.allowed_largest),
-            _ratio(abs(self.found.gain), self.allowed_gain),
-            self.slice_excess,
-        )
+        return max(self.shares.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Quantity → its share of what is allowed of it."""
+        return {
+            "rms": _ratio(self.found.rms, self.allowed),
+            "largest": _ratio(self.found.largest, self.allowed_largest),
+            "scale": _ratio(abs(self.found.gain), self.allowed_gain),
+            "channel": self.slice_excess,
+        }
 
 
 def judge(given: Evidence) -> Verdict:
@@ -350,8 +364,14 @@ def _measured(c: Comparison) -> str:
     if _ratio(c.found.largest, c.allowed_largest) < 1 and c.slice_excess >= 1:
         return f"in one of its channels, by {c.slice_excess:.3g} times what is allowed there"
     if _ratio(abs(c.found.gain), c.allowed_gain) >= 1:
-        return f"scaled by {1 + c.found.gain:.5f} on average (up to ±{c.allowed_gain:.2g} allowed)"
+        return f"scaled by {scale_shown(c.found.gain)} on average (up to ±{c.allowed_gain:.2g} allowed)"
     return f"one element by {c.found.largest:.3g} of the largest (up to {c.allowed_largest:.3g} allowed)"
+
+
+def scale_shown(gain: float) -> str:
+    """A scale, with as many places as it takes to be told from 1 by two figures: ``1.0030``, ``0.99999981``."""
+    places = 1 - math.floor(math.log10(abs(gain))) if 0 < abs(gain) < 1 else 2
+    return f"{1 + gain:.{max(2, places)}f}"
 
 
 def _line(c: Comparison) -> str:
@@ -454,6 +474,7 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
     draws = any(change.name in RNG_NAMES for change in reference.state_changes)
     precise = {} if draws else {o.key: o for o in reference.precise_outputs}
     floors = {} if draws else repetition_floors(reference)
+    alignments = _alignments(reference, precise)
     own_calls = _own_calls(own)
     comparisons = []
     first_runs: dict[str, tuple[int, int]] = {}
@@ -462,27 +483,29 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
         first_run = first_runs.setdefault(output.component, (output.call, output.step))
         if output.call not in own_calls and not (output.finite and expected.finite):
             continue
-        rounding = ROUNDINGS * epsilon(output, own)
+        rounding = _rounding(epsilon(output, own))
         repeat = floors.get((output.component, output.step, output.leaf), 0.0)
         yardstick = usable(expected, precise.get(output.key))
         slices = 0.0
         if yardstick is not None:
             found, floor = distance(output, yardstick), distance(expected, yardstick)
-            gain_floor, error = abs(floor.gain), floor.gain_error
+            aligned = _alignment(alignments.get((output.component, output.leaf), ()), math.prod(output.shape))
+            gain_least = 0.0
             slices = _slice_excess(output, yardstick, expected, multiple, rounding)
         else:
             # without a higher precision the floor is what a dtype's rounding does through a stack of layers
             found = distance(output, expected)
             stacked = repeat + STACKED_ROUNDINGS * rounding
-            floor = Distance(stacked, 4 * stacked, 0.0, found.gain_error)
-            gain_floor, error = 4 * rounding, found.gain_error
+            floor = Distance(stacked, 4 * stacked, 0.0, stacked)
+            aligned, gain_least = _alignment((), math.prod(output.shape)), 4 * rounding
         # what is allowed of each quantity: a multiple of its measured floor, and some roundings whatever the floor
         rms, largest = max(floor.rms, repeat), 2 * max(floor.largest, repeat)
-        spare_gain = GAIN_SIGMAS * error + rounding / 8
+        per_rest = GAIN_SIGMAS * aligned
+        gain_floor, spare_gain = max(gain_least, per_rest * max(rms, found.rest)), rounding / 2
         allowed, allowed_gain = multiple * rms + rounding, multiple * gain_floor + spare_gain
         seen = None
         if first_run == (output.call, output.step) and output.component != INPUTS_AFTER:
-            seen = _seen(output, found, allowed, allowed_gain, measured=yardstick is not None)
+            seen = _seen(output, found, allowed, allowed_gain, multiple * per_rest)
         comparisons.append(
             Comparison(
                 output=output,
@@ -504,14 +527,40 @@ def compare(own: Observation, reference: Observation, multiple: float) -> list[C
     return comparisons
 
 
-def _seen(output: Output, found: Distance, allowed: float, allowed_gain: float, *, measured: bool) -> Seen | None:
+def _rounding(spacing: float) -> float:
+    """How far correct kernels may differ whatever the floor, in a dtype of that spacing."""
+    return spacing * (ROUNDINGS if spacing > EPSILON["float32"] else ROUNDINGS_OF_SUMS)
+
+
+def _alignments(reference: Observation, precise: dict[Any, Output]) -> dict[tuple[str, str], set[float]]:
+    """(component, leaf) → of each of its runs, which share of the reference's own rounding error is a scale.
+
+    An error of independent elements has hardly any: one in the root of their number. Where elements round together the
+    share is larger, by chance and of either sign; runs with the same inputs round alike, and count once.
+    """
+    found: dict[tuple[str, str], set[float]] = {}
+    for output in reference.outputs:
+        if (yardstick := usable(output, precise.get(output.key))) is not None:
+            floor = distance(output, yardstick)
+            if 0 < floor.rms < math.inf:
+                found.setdefault((output.component, output.leaf), set()).add(floor.gain / floor.rms)
+    return found
+
+
+def _alignment(shares: Collection[float], elements: int) -> float:
+    """The standard deviation of that share in a healthy run: of the runs that there are, and of what is known before any."""
+    before = PRIOR_RUNS / min(elements, INDEPENDENT)
+    return math.sqrt((before + sum(share * share for share in shares)) / (PRIOR_RUNS + len(shares)))
+
+
+def _seen(output: Output, found: Distance, allowed: float, allowed_gain: float, per_rest: float) -> Seen | None:
     """The smallest errors that would have failed, had this very output had them; None where there is none that would.
 
     What is already off may lie the other way, and an output that is wrong is rounded to its dtype like any other: both are
     added to what is allowed, and a scale of less than half of the dtype's spacing would have been rounded away.
 
     Args:
-        measured: the tolerance does not grow with what is found, as it came from a higher precision.
+        per_rest: what the allowed scale grows by as the rest of what is off grows.
     """
     import numpy as np
 
@@ -523,11 +572,13 @@ def _seen(output: Output, found: Distance, allowed: float, allowed_gain: float, 
     error = (allowed + found.rms + spacing / math.sqrt(12)) / (1 - spacing)
     # roundings of single elements are even, and their mean scatters by so much
     scatter = spacing * float(np.sqrt(np.sum(values**4))) / energy / math.sqrt(12)
-    off = allowed_gain + abs(found.gain) + spacing / 8 + 3 * scatter
-    share = 1 - abs(found.gain)
-    if not measured:
-        off, share = off + GAIN_SIGMAS * scatter, share - GAIN_SIGMAS * found.gain_error
-    scale = min(off / share, error / (1 - abs(found.gain))) if share > 0 else error / (1 - abs(found.gain))
+    rounded = spacing / math.sqrt(12)
+    off = allowed_gain + abs(found.gain) + spacing / 8 + 3 * scatter + per_rest * rounded
+    # what is off beside the scale is scaled too
+    share = 1 - abs(found.gain) - per_rest * (found.rest + rounded)
+    scale = error / (1 - abs(found.gain))
+    if share > 0:
+        scale = min(scale, off / share)
     return Seen(max(scale, spacing / 2), error)
 
 
@@ -627,8 +678,7 @@ def _distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Distance:
     energy = float(b @ b)
     gain = float(difference @ b) / energy
     rest = difference - gain * b
-    error = float(np.sqrt(rest @ rest / max(1, b.size - 1)) / math.sqrt(energy)) if b.size > 1 else 0.0
-    return Distance(rms / size, largest, gain, error)
+    return Distance(rms / size, largest, gain, math.sqrt(float(rest @ rest) / energy))
 
 
 def _needed(value: float, spare: float, floor: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pytest_diffopt import Call, Compilation, Contract, Offloading, Quantization, Recipe, Verdict, check
-from pytest_diffopt.checks.parity import percent
+from pytest_diffopt.checks.parity import percent, scale_shown
 from pytest_diffopt.checks.session import Session
 
 from .conftest import WIDTH, Healthy, Judge, TwoPart, assert_all_pass, inputs
@@ -109,6 +109,35 @@ class Reassociated(nn.Module):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_order_of_additions_is_no_fault(judge: Judge, dtype: str) -> None:
     assert_all_pass(judge(Reassociated, dtype=dtype, call=Call(inputs=inputs(32, 32, 32))))
+
+
+class Enlarges(Reassociated):
+    """A decoder: whatever its few inputs are off by, its many outputs are off by together."""
+
+    def __init__(self, seed: int, share: float = 0.0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.layers = self.layers[:4]
+        self.narrow, self.wide = nn.Linear(WIDTH, 8), nn.Linear(8, 2048)
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.wide(self.narrow(super().forward(x)))
+        return y * (1 + self.share) if torch.compiler.is_compiling() else y
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_elements_that_round_together_are_no_fault(judge: Judge, dtype: str) -> None:
+    for seed in (0, 4):
+        verdict = judge(lambda seed=seed: Enlarges(seed), dtype=dtype, call=Call(inputs=inputs(2, 2, 2)))["parity"]
+        assert verdict.status == "passed", verdict.text
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.0001), ("float16", 0.001), ("bfloat16", 0.01)])
+def test_a_systematic_error_of_elements_that_round_together_is_found(judge: Judge, dtype: str, share: float) -> None:
+    model = lambda: Enlarges(0, share)  # noqa: E731
+    verdict = judge(model, dtype=dtype, call=Call(inputs=inputs(2, 2, 2)))["parity"]
+    assert verdict.status == "failed", verdict.text
 
 
 class NotFinite(Healthy):
@@ -256,6 +285,13 @@ def test_an_error_of_the_size_that_a_verdict_states_fails_and_half_of_it_passes(
 )
 def test_a_share_is_rounded_up_and_written_out(share: float, shown: str) -> None:
     assert percent(share) == shown
+
+
+@pytest.mark.parametrize(
+    ("gain", "shown"), [(0.003, "1.0030"), (-1.9e-7, "0.99999981"), (4e-8, "1.000000040"), (0.0, "1.00"), (0.5, "1.50")]
+)
+def test_a_scale_is_written_so_that_it_differs_from_one(gain: float, shown: str) -> None:
+    assert scale_shown(gain) == shown
 
 
 class Averages(nn.Module):
