@@ -200,7 +200,7 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     evidence: list[str] = []
     first = own_calls(memory)[0].peak_bytes - memory.before_bytes
     # a device that is full while the pipeline loads, or in the first call, never gets to the second
-    phases = {"loading": memory.load_peak_bytes - memory.before_bytes, "the first call": first, "a call": peak}
+    phases = {"a call": peak, "the first call": first, "loading": memory.load_peak_bytes - memory.before_bytes}
     which, most = max(phases.items(), key=lambda phase: phase[1])
     if limits.max_memory_bytes is not None and most > limits.max_memory_bytes:
         problems.append(f"the peak of {which} is {human(most)}, {human(limits.max_memory_bytes)} allowed")
@@ -412,12 +412,9 @@ def _needed_at_once(given: Evidence, resident: MemoryRecord) -> int | None:
     if offloading is None or not phases:
         return None
     stays = sum(record.own_bytes for record in given.observation.components if record.name not in moved)
-    assert resident.residency is not None
-    ends = [resident.residency.at(phase.peak_at) for phase in phases]  # what the pipeline itself holds meanwhile
-    others = max(sum(size for owner, size in row.items() if owner.kind == "other") for row in ends)
     needed = 0
     for name in _ran(given) & {record.name for record in given.observation.components}:
-        works = max(phase.working.get(name, 0) for phase in phases) + others
+        works = max(_works_with(resident, phase, name) for phase in phases)
         if offloading.strategy == "model":
             there = sum(moved.get(one, 0) for one in _loaded_with(given, name))
         else:
@@ -425,6 +422,20 @@ def _needed_at_once(given: Evidence, resident: MemoryRecord) -> int | None:
             there = max(sizes, default=0) if name in moved else 0
         needed = max(needed, works + there + stays)
     return needed
+
+
+def _works_with(memory: MemoryRecord, phase: PhaseResidency, name: str) -> int:
+    """The most bytes beside weights while a component ran: its own, and what others and the pipeline had left."""
+    assert memory.residency is not None
+    most = phase.working.get(name, 0)
+    found = [most]
+    owners = [(at, owner) for at, owner in enumerate(memory.residency.owners) if owner.kind in ("working", "other")]
+    for position, row in zip(memory.residency.positions, memory.residency.bytes, strict=True):
+        # what it returned is its working memory as well, and stays: it runs where it has much of it
+        if most and phase.first <= position <= phase.last:
+            own = sum(row[at] for at, owner in owners if owner.component == name)
+            found += [sum(row[at] for at, _ in owners)] if 2 * own >= most else []
+    return max(found)
 
 
 def _loaded_with(given: Evidence, name: str) -> set[str]:

@@ -261,14 +261,16 @@ def test_a_module_that_exists_already_is_refused_since_each_observation_needs_a_
             {"bnb_4bit_quant_typ": "nf4"},
             (
                 "kwargs.bnb_4bit_quant_typ: found an unknown key; did you mean 'bnb_4bit_quant_type'? allowed keys: "
-                "load_in_4bit, bnb_4bit_quant_type, bnb_4bit_compute_dtype, bnb_4bit_use_double_quant, llm_int8_skip_modules, bnb_4bit_quant_storage"
+                "load_in_4bit, bnb_4bit_quant_type, bnb_4bit_compute_dtype, bnb_4bit_use_double_quant, "
+                "llm_int8_skip_modules, bnb_4bit_quant_storage"
             ),
         ),
         (
             {"llm_int8_threshold": 6.0},
             (
                 "kwargs.llm_int8_threshold: found a key of bitsandbytes_8bit; bitsandbytes_4bit takes: "
-                "load_in_4bit, bnb_4bit_quant_type, bnb_4bit_compute_dtype, bnb_4bit_use_double_quant, llm_int8_skip_modules, bnb_4bit_quant_storage"
+                "load_in_4bit, bnb_4bit_quant_type, bnb_4bit_compute_dtype, bnb_4bit_use_double_quant, "
+                "llm_int8_skip_modules, bnb_4bit_quant_storage"
             ),
         ),
         ("nf4", "kwargs: found 'nf4'; a table"),
