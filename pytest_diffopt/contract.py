@@ -15,7 +15,6 @@ from pytest_diffopt.part import (
     Names,
     Natural,
     Part,
-    Positive,
     PositiveNumber,
     refused,
     with_every_mistake,
@@ -46,7 +45,7 @@ class Contract(Part):
         allowed_break_files: path suffixes or file names where breaks are allowed, e.g. ``"accelerate/hooks.py"``.
         max_recompiles: total over all calls, beyond the first compile of each code object.
         max_recompiles_after_warmup: total over the calls that follow the warm-up.
-        warmup_calls: how many calls are the warm-up.
+        warmup_calls: how many calls are the warm-up; 0 where all that is compiled must be ready once it is prepared.
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak bytes of the warm calls, against the reference without offloading.
         max_memory: peak bytes of any call, the first one too, as an int or like ``"12GiB"``.
@@ -63,7 +62,7 @@ class Contract(Part):
     allowed_break_files: Names | None = None
     max_recompiles: Natural | None = None
     max_recompiles_after_warmup: Natural | None = None
-    warmup_calls: Positive | None = None
+    warmup_calls: Natural | None = None
     parity_multiple: PositiveNumber | None = None
     max_memory_ratio: PositiveNumber | None = None
     max_memory: Memory | None = None
@@ -78,7 +77,7 @@ class Limits:
     Args:
         max_graph_breaks: breaks allowed outside ``allowed_break_files``.
         allowed_break_files: path suffixes or file names where breaks are not counted.
-        warmup_calls: how many calls are the warm-up; at least 1.
+        warmup_calls: how many calls are the warm-up.
         max_recompiles: total allowed beyond the first compile of each code object; None: no limit on the total.
         max_recompiles_after_warmup: total allowed after the warm-up.
         recompiles_per_code: allowed for each code object during warm-up; None: only Dynamo's recompile limit bounds it.

@@ -209,15 +209,17 @@ def _attention_mistakes(attention: str | Mapping[str, str]) -> Iterator[Mistake]
 
 def _dynamo_mistakes(settings: Mapping[str, DynamoValue]) -> Iterator[Mistake]:
     import torch
-    import torch._dynamo.config as dynamo_config
 
-    config: Any = dynamo_config
-    known = [name for name in config._config if not name.startswith("_") and name != "TYPE_CHECKING"]
+    from pytest_diffopt.preparation import dynamo
+
+    known = dynamo.configs()
     for name, value in settings.items():
         if name not in known:
-            allowed = f"{did_you_mean(name, known, 3)}a setting of torch._dynamo.config of torch {torch.__version__}"
+            where = " or ".join(dynamo.MODULES)
+            allowed = f"{did_you_mean(name, list(known), 3)}a setting of {where} of torch {torch.__version__}"
             yield Mistake(("dynamo", name), "an unknown setting", allowed)
             continue
+        config = known[name]
         # A setting without an annotation, and torch before 2.6, have only the type of the value.
         declared = config.get_type(name) if hasattr(config, "get_type") else type(getattr(config, name))
         undeclared = declared is type(None)  # the type of a default of None

@@ -727,7 +727,8 @@ class Recipe(Part):
             may be given as a dict, as in TOML. None, one `Quantization`, or a tuple of several: see `quantizations`.
         compilation: one, a list, or none; ``"factory"`` where the factory compiles by itself.
         offloading: None for none.
-        dynamo: settings of torch._dynamo.config. The old names of the recompile limits are turned into the new ones.
+        dynamo: settings of torch._dynamo.config and torch.fx.experimental._config. The old names of the recompile limits
+            are turned into the new ones.
         call: what is run.
         contract: limits; what it leaves open is derived from the parts.
         known_faults: of libraries: check → a part of what its failed verdict says, or ``"run"`` → of the exception that

@@ -249,7 +249,7 @@ def contracts() -> st.SearchStrategy[Contract]:
             | st.lists(st.sampled_from(["accelerate/hooks.py", "hooks.py"]), max_size=2),
             "max_recompiles": count,
             "max_recompiles_after_warmup": count,
-            "warmup_calls": st.none() | st.integers(1, 5),
+            "warmup_calls": st.none() | st.integers(0, 5),
             "parity_multiple": st.none() | _positive_numbers,
             "max_memory_ratio": st.none() | _positive_numbers,
             "max_host_syncs_per_step": st.none() | st.integers(0, 100),

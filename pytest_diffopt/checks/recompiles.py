@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, placed, region_name, shortened
+from pytest_diffopt.checks.guards import ATTRIBUTE, advice
+from pytest_diffopt.observation.observation import PREPARING
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
     from pytest_diffopt.observation.observation import FrameAttempt
 
 NAME = "recompiles"
-
-_ATTRIBUTE = re.compile(r"^(?:not )?(?:hasattr\()?self[.\[]")
 
 
 def judge(given: Evidence) -> Verdict:
@@ -38,7 +38,7 @@ def judge(given: Evidence) -> Verdict:
             NAME,
             f"the {first.limit} is exhausted: {region_name(first.component, first.region, first.place)} "
             f"runs eager from call {first.call} on, after {counted(len(recompiles), 'recompile')}",
-            evidence=[*shortened(grouped([*recompiles, *exhausted])), *advice([*recompiles, *exhausted])],
+            evidence=[*shortened(grouped([*recompiles, *exhausted])), *advice([*recompiles, *exhausted], given.recipe)],
             **figures,
             places=_placed([*recompiles, *exhausted]),
         )
@@ -46,7 +46,7 @@ def judge(given: Evidence) -> Verdict:
         return given.failed(
             NAME,
             f"{len(late)} after warm-up, {limits.max_recompiles_after_warmup} allowed",
-            evidence=[*shortened(grouped(late)), *advice(late)],
+            evidence=[*shortened(grouped(late)), *advice(late, given.recipe)],
             **figures,
             places=_placed(late),
         )
@@ -54,15 +54,15 @@ def judge(given: Evidence) -> Verdict:
         return given.failed(
             NAME,
             f"{len(recompiles)} in all, {limits.max_recompiles} allowed",
-            evidence=[*shortened(grouped(recompiles)), *advice(recompiles)],
+            evidence=[*shortened(grouped(recompiles)), *advice(recompiles, given.recipe)],
             **figures,
             places=_placed(recompiles),
         )
     if over := _over_budget(given, recompiles):
         return given.failed(
             NAME,
-            f"{len(over)} of the same code during warm-up, {limits.recompiles_per_code} allowed",
-            evidence=[*shortened(grouped(over)), *advice(over)],
+            _of_one_code(over, limits.recompiles_per_code or 0),
+            evidence=[*shortened(grouped(over)), *advice(over, given.recipe)],
             **figures,
             places=_placed(over),
         )
@@ -74,6 +74,8 @@ def judge(given: Evidence) -> Verdict:
             NAME, f"no call came after the warm-up: call.calls must be more than {limits.warmup_calls}", **figures
         )
     warm = f"{counted(len(recompiles) - len(late), 'recompile')} during warm-up" if recompiles else "none at all"
+    if prepared := sum(f.graphs for f in compiles.frames if f.call == PREPARING and f.outcome == "compiled"):
+        warm += f"; {counted(prepared, 'graph')} compiled while it was prepared"
     return given.passed(
         NAME,
         f"none after warm-up in {counted(calls, 'call')} ({warm})" if not late else f"{len(recompiles)}, within budget",
@@ -85,10 +87,14 @@ def judge(given: Evidence) -> Verdict:
 def _found(given: Evidence) -> tuple[list[FrameAttempt], list[FrameAttempt], list[FrameAttempt]]:
     """(recompiles that count, frames that met the limit, the recompiles after warm-up)."""
     compiles = given.observation.compiles
-    own = [f for f in compiles.frames if f.call in given.own_calls and f.recompile] + _compiled_anew(given)
+    own = [f for f in compiles.frames if _is_own(given, f) and f.recompile] + _compiled_anew(given)
     recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
-    exhausted = [f for f in compiles.limits if f.call in given.own_calls]
+    exhausted = [f for f in compiles.limits if _is_own(given, f)]
     return recompiles, exhausted, [f for f in recompiles if f.call >= given.limits.warmup_calls]
+
+
+def _is_own(given: Evidence, frame: FrameAttempt) -> bool:
+    return frame.call == PREPARING or frame.call in given.own_calls
 
 
 def places(given: Evidence) -> list[tuple[str, str]]:
@@ -147,16 +153,27 @@ def _over_budget(given: Evidence, recompiles: list[FrameAttempt]) -> list[FrameA
     if budget is None:
         return []
     regional = {entry.component for entry in given.recipe.compilation if entry.scope == "repeated_blocks"}
-    by_code: dict[tuple[str, int, str], list[FrameAttempt]] = {}
-    for frame in recompiles:
-        by_code.setdefault((frame.place.file, frame.place.line, frame.place.function), []).append(frame)
     over: list[FrameAttempt] = []
-    for group in by_code.values():
+    for group in _by_code(recompiles):
         # Dynamo makes a size or a number dynamic after it changed once, but never what a module holds
-        fixed = [f for f in group if f.component not in regional and f.guards and _ATTRIBUTE.match(f.guards[0])]
+        fixed = [f for f in group if f.component not in regional and f.guards and ATTRIBUTE.match(f.guards[0])]
         if len(group) > budget or fixed:
             over += group if len(group) > budget else fixed
     return over
+
+
+def _by_code(frames: list[FrameAttempt]) -> list[list[FrameAttempt]]:
+    groups: dict[tuple[str, int, str], list[FrameAttempt]] = {}
+    for frame in frames:
+        groups.setdefault((frame.place.file, frame.place.line, frame.place.function), []).append(frame)
+    return list(groups.values())
+
+
+def _of_one_code(over: list[FrameAttempt], budget: int) -> str:
+    most = max(map(len, _by_code(over)))
+    if most > budget:
+        return f"{most} of the same code during warm-up, {budget} allowed"
+    return f"{len(over)} during warm-up by what a module holds, none allowed: Dynamo never makes that dynamic"
 
 
 def _placed(frames: list[FrameAttempt]) -> list[dict[str, Any]]:
@@ -177,30 +194,3 @@ def grouped(frames: list[FrameAttempt]) -> list[str]:
 def _generalised(guard: str) -> str:
     """The guard with the value that it compared with left open, so that equal causes stand together."""
     return re.sub(r"== (-?[\d.]+(?:e-?\d+)?|'[^']*'|\"[^\"]*\")$", "== …", guard)
-
-
-def advice(frames: list[FrameAttempt]) -> list[str]:
-    """What to try, by the kind of guard that failed."""
-    tips: dict[str, None] = {}
-    for frame in frames:
-        guard = frame.guards[0] if frame.guards else ""
-        if _ATTRIBUTE.match(guard):
-            if re.search(r"== -?[\d.]+", guard):
-                tips[
-                    "the guard reads a Python number that the module holds and changes: "
-                    "pass it as a tensor, or keep it out of forward"
-                ] = None
-            else:
-                tips[
-                    "the guard reads an attribute that differs between modules of one class: "
-                    "compile them apart, or make it the same"
-                ] = None
-        elif "size mismatch" in guard or "size()" in guard or ".shape" in guard:
-            tips["the guard reads a size: compile with dynamic = true, or mark the dimension dynamic"] = None
-        elif "stride mismatch" in guard:
-            tips["the guard reads a stride: make the input contiguous before the compiled code"] = None
-        elif re.search(r"== -?[\d.]+", guard):
-            tips[
-                "the guard reads a Python number that changes: pass it as a tensor, or compile with dynamic = true"
-            ] = None
-    return list(tips)

@@ -301,9 +301,14 @@ def _beside(pipeline: Any, reading: _Reading) -> None:
 
 def toml_of(live: LiveRecipe, comments: Iterable[str] = ()) -> str:
     """The recipe as TOML, with what it cannot say, and what else is told, as comments above it."""
-    lines = [f"# {line}" for text in (*comments, *live.beside) for line in text.splitlines()]
+    # what the block compiles beside the components only a factory could compile again
+    kept = tuple(one for one in live.recipe.compilation if one.scope != "factory")
+    dropped = [
+        f"{one.component} is compiled, which is no component" for one in live.recipe.compilation if one not in kept
+    ]
+    lines = [f"# {line}" for text in (*comments, *live.beside, *dropped) for line in text.splitlines()]
     try:
-        body = live.recipe.to_toml()
+        body = live.recipe.replace(compilation=kept).to_toml()
     except RecipeError as error:
         body = "".join(f"# {line}\n" for line in str(error).splitlines())
     return "\n".join([*lines, body])

@@ -29,7 +29,7 @@ from pytest_diffopt.libraries import versions
 from pytest_diffopt.observation.observing import SENSITIVITY_PROMPT, Run
 from pytest_diffopt.observation.outputs import leaves
 from pytest_diffopt.observation.probes import SENSITIVITY_SEED, perturb
-from pytest_diffopt.preparation import autoencoder, compilation, offloading, quantization, uninitialized_memory
+from pytest_diffopt.preparation import autoencoder, compilation, dynamo, offloading, quantization, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import Prepared, thawed
 from pytest_diffopt.recipe import Recipe
@@ -202,7 +202,7 @@ class _Observing:
             codes = [self._compiled(code) for code in (*order.before, order.block)]
         except SyntaxError as error:
             return BlockRun("raised", raised=_told(error, order.page))
-        self.dynamo_before = _dynamo_settings()
+        self.dynamo_before = dynamo.values()
         _seed(0)
         ended: Any = "ran"
         how, raised = "", None
@@ -337,7 +337,7 @@ class _Observing:
             return None
 
     def _dynamo(self) -> dict[str, Any]:
-        now = _dynamo_settings()
+        now = dynamo.values()
         return {name: value for name, value in now.items() if value != self.dynamo_before.get(name)}
 
     # What is left.
@@ -529,19 +529,6 @@ def _batch_of(arguments: Mapping[str, Any]) -> int:
 
 def _reuses_steps(pipeline: Any) -> bool:
     return any(getattr(module, "is_cache_enabled", False) for module in _components(pipeline).values())
-
-
-def _dynamo_settings() -> dict[str, Any]:
-    """The settings of Dynamo that a recipe can say."""
-    import torch._dynamo
-
-    config: Any = torch._dynamo.config
-    found = config.get_config_copy()
-    return {
-        name: value
-        for name, value in found.items()
-        if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str))
-    }
 
 
 def _seed(seed: int) -> None:

@@ -51,8 +51,9 @@ from pytest_diffopt.forecasting.generations import GENERATIONS
 from pytest_diffopt.libraries import import_libraries, quietly, versions
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
+from pytest_diffopt.preparation import dynamo
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
-from pytest_diffopt.preparation.pipeline import Prepared, dynamo_settings, prepare
+from pytest_diffopt.preparation.pipeline import Prepared, prepare
 from pytest_diffopt.replicas.catalogue import registry
 from pytest_diffopt.replicas.checkpoint import PUBLISHED_SHARD_BYTES, write_checkpoint
 from pytest_diffopt.replicas.resolution import resolve_full_size
@@ -288,7 +289,7 @@ def measure(
     spans = _Spans(accelerator, progress or (lambda words: None))
     prepared: Prepared | None = None
     stopped = stopped_by = ""
-    with borrowed_state(), quietly(), accelerator.in_use(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), quietly(), accelerator.in_use(), dynamo.settings(recipe.dynamo):
         try:
             spans.begin("load")
             prepared = prepare(recipe, accelerator, allow_hub=allow_hub, on_loaded=lambda _: spans.begin("place"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType
@@ -93,8 +94,10 @@ def _innermost_code(function: Any) -> CodeType | None:
 class _Entry:
     """One call of a compiled callable, while it is open."""
 
+    owner: Any
     component: str
     region: str
+    method: str
     place: Place
     meant: tuple[CodeType, ...]
     active: bool
@@ -109,6 +112,7 @@ class _Frame:
     """One frame while Dynamo compiles it."""
 
     code: CodeType
+    owner: Any
     component: str
     region: str
     fullgraph: bool
@@ -125,12 +129,30 @@ class _Frame:
 class _Runs:
     """Counts of one region in one call; frozen into a :class:`RegionRuns`."""
 
+    component: str
+    region: str
     place: Place
     entries: int = 0
     engaged: int = 0
     graph_runs: int = 0
     operations: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+
+    def renaming(self, method: str) -> Callable[[str, str], None]:
+        def rename(component: str, region: str) -> None:
+            self.component, self.region = component, f"{region}.{method}".strip(".")
+
+        return rename
+
+
+def _renaming(found: list[Any]) -> Callable[[str, str], None]:
+    """Gives the record that is the last of a list now another name."""
+    at = len(found) - 1
+
+    def rename(component: str, region: str) -> None:
+        found[at] = replace(found[at], component=component, region=region)
+
+    return rename
 
 
 _PARTS = re.compile(r"^\s+(Explanation|Hint|Developer debug context):\s*(.*)$")
@@ -179,7 +201,8 @@ class CompileWatch:
         self._entries: list[_Entry] = []
         self._attempts: list[FrameAttempt] = []
         self._breaks: list[GraphBreak] = []
-        self._runs: dict[tuple[int, str, str], _Runs] = {}
+        self._runs: dict[tuple[int, str, str, int], _Runs] = {}
+        self._unnamed: list[tuple[weakref.ref[Any], Callable[[str, str], None]]] = []
         self._outside_runs = 0
         self._open = False
         self._stack = contextlib.ExitStack()
@@ -201,8 +224,12 @@ class CompileWatch:
 
     @contextlib.contextmanager
     def naming(self, modules: Mapping[int, tuple[str, str]]) -> Iterator[None]:
-        """Use other names for modules while the context is open."""
+        """Use other names for modules while the context is open. What was written down of them before gets these too."""
         before, self._modules = self._modules, dict(modules)
+        for owner, rename in self._unnamed:
+            if (name := self._modules.get(id(owner()))) is not None:
+                rename(*name)
+        self._unnamed.clear()
         try:
             yield
         finally:
@@ -217,8 +244,8 @@ class CompileWatch:
             regions=tuple(
                 RegionRuns(
                     call=call,
-                    component=component,
-                    region=region,
+                    component=runs.component,
+                    region=runs.region,
                     place=runs.place,
                     entries=runs.entries,
                     engaged=runs.engaged,
@@ -226,7 +253,7 @@ class CompileWatch:
                     operations=runs.operations,
                     reasons=tuple(runs.reasons),
                 )
-                for (call, component, region), runs in self._runs.items()
+                for (call, *_), runs in self._runs.items()
             ),
             graph_runs_outside=self._outside_runs,
             inlined=tuple(self._inlined),
@@ -243,7 +270,7 @@ class CompileWatch:
         place = place_of(codes[0]) if codes else Place("", 0, getattr(function, "__qualname__", repr(function)))
         if not component and not region:
             region = place.function
-        entry = _Entry(component, region, place, codes, active)
+        entry = _Entry(owner, component, region, method, place, codes, active)
         if not active:
             entry.notes.append("a compiler stance makes Dynamo stand aside")
         self._entries.append(entry)
@@ -252,7 +279,11 @@ class CompileWatch:
         if not self._entries:
             return
         entry = self._entries.pop()
-        runs = self._runs.setdefault((self.call, entry.component, entry.region), _Runs(entry.place))
+        key = (self.call, entry.component, entry.region, 0 if entry.component else id(entry.owner))
+        if key not in self._runs:
+            self._runs[key] = _Runs(entry.component, entry.region, entry.place)
+            self._named_later(entry.owner, entry.component, self._runs[key].renaming(entry.method))
+        runs = self._runs[key]
         runs.entries += 1
         runs.engaged += entry.engaged
         runs.graph_runs += entry.runs
@@ -262,12 +293,14 @@ class CompileWatch:
                 runs.reasons[note] = runs.reasons.get(note, 0) + 1
 
     def frame_started(self, code: CodeType, frame_locals: dict[str, Any], fullgraph: bool) -> None:
-        component, region = self._name(frame_locals.get("self"))
+        owner = frame_locals.get("self")
+        component, region = self._name(owner)
         if not component and self._entries:
             component, region = self._entries[-1].component, region or self._entries[-1].region
+            owner = owner if self._name(owner) != ("", "") else self._entries[-1].owner
         first = code.co_varnames[0] if code.co_varnames else ""
         self_name = first if first and self._name(frame_locals.get(first)) != ("", "") else ""
-        self._frames.append(_Frame(code, component, region, fullgraph, self_name))
+        self._frames.append(_Frame(code, owner, component, region, fullgraph, self_name))
         if self.on_compile is not None:
             self.on_compile(f"{component or region or 'compiling'} {code.co_name}")
 
@@ -356,6 +389,7 @@ class CompileWatch:
                 reason=reason.splitlines()[0] if reason else "",
             )
         )
+        self._named_later(frame.owner, frame.component, _renaming(self._attempts))
 
     def frame_passed_over(self, reason: str, code: CodeType) -> None:
         if (
@@ -400,6 +434,14 @@ class CompileWatch:
                 stack=tuple(Place(short_path(f), at, name) for f, at, name in stack),
             )
         )
+        self._named_later(frame.owner, frame.component, _renaming(self._breaks))
+
+    def _named_later(self, owner: Any, component: str, rename: Callable[[str, str], None]) -> None:
+        """What runs while a pipeline is prepared has no name yet: its modules are no components of anything so far."""
+        import torch
+
+        if not component and isinstance(owner, torch.nn.Module):
+            self._unnamed.append((weakref.ref(owner), rename))
 
 
 _GUARD_PREFIX = re.compile(r"^\d+/\d+:\s*")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pytest_diffopt.libraries import import_libraries, quietly
 from pytest_diffopt.observation.memory import MemoryWatch
+from pytest_diffopt.preparation import dynamo
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
-from pytest_diffopt.preparation.pipeline import dynamo_settings, prepare
+from pytest_diffopt.preparation.pipeline import prepare
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators import Accelerator
@@ -26,7 +27,7 @@ def load_peaks(
     """
     found = []
     import_libraries(recipe)
-    with borrowed_state(), accelerator.in_use(), quietly(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), accelerator.in_use(), quietly(), dynamo.settings(recipe.dynamo):
         for _ in range(times):
             watch = MemoryWatch(accelerator)
             watch.open()

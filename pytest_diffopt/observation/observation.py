@@ -27,6 +27,9 @@ _MESSAGE_LINES = 5
 DISABLED = "nothing compiles:"
 """Begins a note that says what keeps Dynamo from compiling anything."""
 
+PREPARING = -1
+"""Stands for the call in what is compiled while the pipeline is prepared, before its first call."""
+
 Outcome = Literal["compiled", "empty", "skipped", "limit", "failed"]
 
 
@@ -47,7 +50,7 @@ class FrameAttempt:
     """One attempt of Dynamo to compile a frame.
 
     Attributes:
-        call: in which call of the pipeline, from 0.
+        call: in which call of the pipeline, from 0; :data:`PREPARING` before the first.
         component, region: the component, and the module's path in it; both empty for code outside of any.
         outcome: ``compiled`` to at least one operation; ``empty``, compiled to no operation; ``skipped``, the whole
             frame runs eager; ``limit``, not compiled as a recompile limit is exhausted; ``failed``, an exception.

@@ -24,6 +24,7 @@ from pytest_diffopt.observation.layers import dtype_name, kind_of, manifest
 from pytest_diffopt.observation.memory import MemoryWatch
 from pytest_diffopt.observation.observation import (
     DISABLED,
+    PREPARING,
     CacheState,
     CallRecord,
     CompileRecord,
@@ -46,9 +47,9 @@ from pytest_diffopt.observation.probes import (
     widen,
 )
 from pytest_diffopt.observation.syncs import SyncWatch
-from pytest_diffopt.preparation import attention, caching, compilation, kept_tables, uninitialized_memory
+from pytest_diffopt.preparation import attention, caching, compilation, dynamo, kept_tables, uninitialized_memory
 from pytest_diffopt.preparation import borrowed_state as state
-from pytest_diffopt.preparation.pipeline import MODEL, Prepared, dynamo_settings, prepare
+from pytest_diffopt.preparation.pipeline import MODEL, Prepared, prepare
 from pytest_diffopt.quantization_backends.backend import bytes_of
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class Run:
         self.timed_seconds: list[float] = []
         self.random_after: dict[str, Any] = {}
         self.watch = CompileWatch()
+        self.watch.call = PREPARING
         self.watch.on_compile = progress
         self.recorder = OutputRecorder()
         self.failure: Failure | None = None
@@ -174,7 +176,7 @@ class Run:
         """Prepare, call, and compare the globals; then, if a break ended it, find the other breaks too."""
         broke = False
         try:
-            with dynamo_settings(self.recipe.dynamo):
+            with dynamo.settings(self.recipe.dynamo):
                 before = state.take_snapshot()
                 with self.watch:
                     try:
@@ -505,7 +507,7 @@ class Run:
         state.reset_compiler_caches()
         watch = CompileWatch()
         try:
-            with dynamo_settings(self.recipe.dynamo), watch:
+            with dynamo.settings(self.recipe.dynamo), watch:
                 prepared = prepare(
                     self.recipe,
                     self.accelerator,
@@ -538,7 +540,7 @@ class Run:
         recorder = OutputRecorder()
         state.reset_compiler_caches()
         try:
-            with dynamo_settings(self.recipe.dynamo):
+            with dynamo.settings(self.recipe.dynamo):
                 prepared = self._prepared_to_be_widened()
                 wide = widen(prepared)
                 with recording(prepared, recorder), self._same_noise(prepared, replay=True), self._stance():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.libraries import dtype_argument, no_progress_bars
-from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, offloading, quantization
+from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, dynamo, offloading, quantization
 from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
@@ -259,25 +258,8 @@ def prepared(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool = Fals
     """Like :func:`prepare`, with every global given back when the context closes."""
     from pytest_diffopt.preparation.borrowed_state import borrowed_state
 
-    with borrowed_state(), accelerator.in_use(), dynamo_settings(recipe.dynamo):
+    with borrowed_state(), accelerator.in_use(), dynamo.settings(recipe.dynamo):
         yield prepare(recipe, accelerator, allow_hub=allow_hub)
-
-
-@contextlib.contextmanager
-def dynamo_settings(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Set Dynamo's settings by name while the context is open; Inductor draws random numbers as eager code does."""
-    import torch._dynamo
-
-    config: Any = torch._dynamo.config
-    if unknown := [name for name in settings if not hasattr(config, name)]:
-        raise PreparationError(f"dynamo: found {unknown[0]!r}, which torch {torch.__version__} does not have")
-    inductor: Any = importlib.import_module("torch._inductor.config")
-    with contextlib.ExitStack() as stack:
-        if settings:
-            stack.enter_context(config.patch(dict(settings)))
-        # numbers that a model draws must be the eager ones: Inductor's own generator gives others
-        stack.enter_context(inductor.patch(fallback_random=True))
-        yield
 
 
 def _built(recipe: Recipe, accelerator: Accelerator, *, allow_hub: bool) -> Prepared:

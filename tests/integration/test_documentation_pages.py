@@ -224,7 +224,7 @@ def test_a_page_becomes_a_recipe_file_whose_recipes_hold(pipelines: Ran, plugin:
     parts = [
         (bool(one.compilation), one.offloading is not None, one.quantization is not None) for one in recipes.values()
     ]
-    assert parts.count((True, False, False)) == 9
+    assert parts.count((True, False, False)) == 8
     assert parts.count((False, True, False)) == 2
     assert (False, False, True) in parts
     offloaded = next(name for name, one in recipes.items() if one.offloading is not None)

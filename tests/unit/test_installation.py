@@ -86,7 +86,7 @@ def test_an_unknown_dynamo_setting_or_a_wrong_type_is_named() -> None:
     assert wrong == "recipe.a.dynamo.verbose: found 1; a value of type bool"
     assert unknown == (
         "recipe.a.dynamo.zzzzzz: found an unknown setting; "
-        f"a setting of torch._dynamo.config of torch {torch.__version__}"
+        f"a setting of torch._dynamo.config or torch.fx.experimental._config of torch {torch.__version__}"
     )
 
 
