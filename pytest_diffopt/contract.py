@@ -48,9 +48,11 @@ class Contract(Part):
         warmup_calls: how many calls are the warm-up; 0 where all that is compiled must be ready once it is prepared.
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak bytes of the warm calls, against the reference without offloading.
-        max_memory: peak bytes of any call, the first one too, as an int or like ``"12GiB"``.
+        max_memory: peak bytes of loading and of any call, the first one too, as an int or like ``"12GiB"``.
         max_host_syncs_per_step: how often the host may wait for the accelerator in a denoising step of a warm call, e.g.
             for ``.item()``; what offloading waits for is apart.
+        max_host_memory: what torch may take of the host at once, from loading to the last call: weights that wait there,
+            pinned memory, working memory. Known on a simulated GPU.
         parity_dtype: ``"float32"`` or ``"float64"``: the check parity judges the recipe and its reference in that dtype
             too, where rounding hides less. Both run once more for it.
 
@@ -66,6 +68,7 @@ class Contract(Part):
     parity_multiple: PositiveNumber | None = None
     max_memory_ratio: PositiveNumber | None = None
     max_memory: Memory | None = None
+    max_host_memory: Memory | None = None
     max_host_syncs_per_step: Natural | None = None
     parity_dtype: Literal["float32", "float64"] | None = None
 
@@ -84,6 +87,7 @@ class Limits:
         parity_multiple: how many times the measured floor the output may differ from the reference's.
         max_memory_ratio: peak against the reference without offloading; None: no promise.
         max_memory_bytes: peak in bytes; None: no promise.
+        max_host_memory_bytes: of the host, in bytes; None: no promise.
         max_host_syncs_per_step: waits of the host in a denoising step of a warm call; None: no promise.
     """
 
@@ -97,6 +101,7 @@ class Limits:
     max_memory_ratio: float | None
     max_memory_bytes: int | None
     max_host_syncs_per_step: int | None = None
+    max_host_memory_bytes: int | None = None
 
 
 class CompiledPart(Protocol):
@@ -155,6 +160,9 @@ def derive(
         max_memory_ratio=contract.max_memory_ratio,
         max_memory_bytes=None if contract.max_memory is None else parse_bytes(contract.max_memory),
         max_host_syncs_per_step=contract.max_host_syncs_per_step,
+        max_host_memory_bytes=None
+        if contract.max_host_memory is None
+        else parse_bytes(contract.max_host_memory, "max_host_memory"),
     )
 
 

@@ -9,6 +9,7 @@ EXTRAS = {
     "gguf": "gguf",
     "hypothesis": "hypothesis",
     "optimum-quanto": "quanto",
+    "peft": "peft",
     "pytest-html": "html",
     "pytest-xdist": "xdist",
     "torchao": "torchao",

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from pytest_diffopt.extras import is_installed, needs
 from pytest_diffopt.libraries import quiet_imports
 from pytest_diffopt.part import Location, Mistake, did_you_mean, path_of, shown
 from pytest_diffopt.quantization_backends import BACKENDS
-from pytest_diffopt.recipe import FACTORY, DynamoValue, ForecastBudget, Recipe, is_reference
-from pytest_diffopt.references import UnresolvedReference, resolve_callable
+from pytest_diffopt.recipe import FACTORY, Call, DynamoValue, ForecastBudget, Recipe, is_reference
+from pytest_diffopt.references import UnresolvedReference, resolve, resolve_callable
 from pytest_diffopt.replicas import Family, registry, resolve_full_size, unresolved
 
 __all__ = ["problems_with_installation"]
@@ -46,6 +46,7 @@ def problems_with_installation(recipe: Recipe, *, prefix: str = "recipe", allow_
             mistakes.append(Mistake((field,), repr(pipeline), allowed))
     if isinstance(recipe.call.inputs, str):
         mistakes += _reference_mistakes(("call", "inputs"), recipe.call.inputs)
+    mistakes += _media_mistakes(recipe.call)
     if (family := _replica(recipe.pipeline, allow_hub)) is not None:
         mistakes += _component_mistakes(recipe, family.components)
     mistakes += _library_mistakes(recipe)
@@ -173,9 +174,11 @@ def _model_mistakes(recipe: Recipe, budget: ForecastBudget, allow_hub: bool) -> 
         yield Mistake(at, f"{model!r}, a {found.pipeline_class}", allowed)
 
 
-def _reference_mistakes(location: Location, reference: str) -> Iterator[Mistake]:
+def _reference_mistakes(
+    location: Location, reference: str, find: Callable[[str], Any] = resolve_callable
+) -> Iterator[Mistake]:
     try:
-        resolve_callable(reference)
+        find(reference)
     except UnresolvedReference as error:
         yield Mistake(location, repr(reference), str(error))
 
@@ -205,6 +208,21 @@ def _attention_mistakes(attention: str | Mapping[str, str]) -> Iterator[Mistake]
             attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(backend))
         except RuntimeError as error:
             yield Mistake(at, repr(backend), str(error))
+
+
+def _media_mistakes(call: Call) -> Iterator[Mistake]:
+    """Strings for pictures and videos that stand for none, and names of functions that are not there."""
+    from pytest_diffopt.preparation import media
+
+    for name, value in call.kwargs.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            location = ("call", "kwargs", name)
+            if not isinstance(one, str) or media.is_text(name):
+                continue
+            if is_reference(one):
+                yield from _reference_mistakes(location, one, resolve)
+            elif allowed := media.refused(name, one):
+                yield Mistake(location, repr(one), allowed)
 
 
 def _dynamo_mistakes(settings: Mapping[str, DynamoValue]) -> Iterator[Mistake]:

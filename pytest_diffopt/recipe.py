@@ -426,9 +426,12 @@ class Call(Part):
         calls: how many; None for as many as there are prompts, sizes or inputs, and at least 3.
         seed: of the generator that each call gets.
         kwargs: further keyword arguments of every call.
-        inputs: for a model, whose calls have no prompt: keyword arguments, one dict a call; or a callable that makes
-            them, given the call's number if it takes one, or its name, ``"package.module:function"``. Tensors may have
-            any shape.
+            A parameter that takes a picture, a mask, a control image or a video is given ``"picture"``, ``"mask"``,
+            ``"control"`` or ``"video"``, made at the call's size; the path of a file; or ``"package.module:function"``, for
+            any parameter but a prompt: given ``height``, ``width``, ``num_frames`` and ``call``, as far as it takes them.
+        inputs: keyword arguments that differ by call, one dict a call, in turn; for a model all that it is given. Or a
+            callable that makes them, given the call's number if it takes one, or its name, ``"package.module:function"``.
+            Tensors may have any shape. Strings are taken as in ``kwargs``.
 
     Raises:
         RecipeError: with every wrong field.

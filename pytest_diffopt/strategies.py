@@ -254,6 +254,7 @@ def contracts() -> st.SearchStrategy[Contract]:
             "max_memory_ratio": st.none() | _positive_numbers,
             "max_host_syncs_per_step": st.none() | st.integers(0, 100),
             "max_memory": st.none() | st.integers(1, 2**40) | sizes,
+            "max_host_memory": st.none() | st.integers(1, 2**40) | sizes,
             "parity_dtype": st.sampled_from([None, "float32", "float64"]),
         },
     ).map(lambda fields: Contract(**fields))

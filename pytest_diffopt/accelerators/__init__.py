@@ -190,6 +190,19 @@ class Accelerator:
         """The block that each tensor lies in, as events name it, of the host as well; 0 where it has no memory."""
         return self._events.blocks(tensors) if self._events is not None else [0] * len(tensors)
 
+    def count_host_memory(self, on: bool) -> None:
+        """Begin, or end, to count what torch takes of the host; the peak begins as well. Simulated GPUs alone do."""
+        if self.is_simulated:
+            self._simulated.count_host_memory(on)
+            self._simulated.reset_peak_host_memory_stats()
+
+    def host_bytes(self) -> tuple[int, int] | None:
+        """(what torch's allocators hold of the host, the most since the peak began); None where nobody counts it."""
+        if not self.is_simulated:
+            return None
+        stats = self._simulated.host_memory_stats()
+        return stats["allocated"], stats["peak_allocated"]
+
     def empty_cache(self) -> None:
         """Give cached blocks back to the device."""
         if not self.is_host:

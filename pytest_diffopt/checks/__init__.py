@@ -32,7 +32,8 @@ def checks_for(recipe: Recipe) -> tuple[str, ...]:
         names.append("attention")
     if recipe.caching:
         names.append("caching")
-    limited = recipe.contract.max_memory is not None or recipe.contract.max_memory_ratio is not None
+    limits = (recipe.contract.max_memory, recipe.contract.max_memory_ratio, recipe.contract.max_host_memory)
+    limited = any(limit is not None for limit in limits)
     if recipe.offloading is not None or recipe.quantization is not None or limited:
         names.append("memory")
     if recipe.contract.max_host_syncs_per_step is not None:

@@ -74,10 +74,15 @@ def judge(given: Evidence) -> Verdict:
         "h2d_bytes": last_call(memory).h2d_bytes,
         "d2h_bytes": last_call(memory).d2h_bytes,
     }
+    if (taken := host_peak(memory)) is not None:
+        figures["host_peak_bytes"] = taken
     verdict = (_judge_resident if given.recipe.offloading is None else _judge_offloaded)(given, memory, figures)
     if verdict.status == "passed" and (grown := _grown_untold(memory)):
         why = f"a call left {human(grown)} more than the one before it, and could not be repeated to tell why"
         return given.unverified(NAME, why, evidence=given.observation.notes[-1:], **figures)
+    if verdict.status == "passed" and given.limits.max_host_memory_bytes is not None and taken is None:
+        why = f"max_host_memory is promised, and nobody counts the host's memory on {given.observation.accelerator}"
+        return given.unverified(NAME, why, **figures)
     return verdict
 
 
@@ -179,6 +184,10 @@ def _offloading_problems(
             evidence.append(
                 f"{record.name}: {stays}; its parameters alone take {human(record.bytes)}{f': {names}, …' if names else ''}"
             )
+            if _are_of_adapters(given, record.name, stayed[-1].staying.get(record.name, ())):
+                evidence.append(
+                    f"{record.name}: an adapter's (LoRA) weights stay: load it before the pipeline is offloaded"
+                )
     for earlier, later in _idle_beside(given, memory):
         problems.append(f"{earlier} was still there as a whole when {later} ran, after its own last run")
         evidence.append(
@@ -190,6 +199,11 @@ def _offloading_problems(
             "something moves the component as a whole: a hook that onloads all of it, or .to() in the pipeline"
         )
     return problems, evidence
+
+
+def _are_of_adapters(given: Evidence, component: str, names: Sequence[str]) -> bool:
+    paths = {layer.path for layer in given.observation.layers if layer.component == component and layer.adapter}
+    return bool(names) and all(name.rpartition(".")[0] in paths for name in names)
 
 
 def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -210,17 +224,23 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
             evidence.append("what loads it puts more on the accelerator than a call needs: offload before it is placed")
         else:
             evidence += at_the_peak(memory, own_calls(memory)[:1] if which == "the first call" else ())
+    host = host_peak(memory)
+    if limits.max_host_memory_bytes is not None and host is not None and host > limits.max_host_memory_bytes:
+        problems.append(f"the peak on the host is {human(host)}, {human(limits.max_host_memory_bytes)} allowed")
+        evidence.append("weights wait on the host while they are offloaded, pinned ones in blocks of powers of two")
     over = [call for call in own_calls(memory) if _left_after(memory, call) > _may_stay(given)]
     if over:
         left, which = human(_left_after(memory, over[-1])), _which(memory, over[-1])
         if given.recipe.offloading is None:
             problems.append(f"{left} stay on the accelerator after {which} beside the weights")
-            evidence.append("something keeps tensors alive: a dense copy beside a quantized weight, a cache, an output")
+            evidence += _who_holds(over[-1]) or [
+                "something keeps tensors alive: a dense copy beside a quantized weight, a cache, an output"
+            ]
         else:
             problems.append(f"{left} stay on the accelerator after {which}, though every parameter has left")
-            evidence.append(
+            evidence += _who_holds(over[-1]) or [
                 "an object beside the parameters keeps tensors alive: a quantization state, a cache, a hook"
-            )
+            ]
         evidence += after_call(memory, over[-1])
     more, further = _growth_problems(memory)
     problems, evidence = problems + more, evidence + further
@@ -233,6 +253,17 @@ def _common_problems(given: Evidence, memory: MemoryRecord, figures: dict[str, A
     if oversized:
         problems.append(f"{counted(len(oversized), 'quantized layer')} larger than the format says")
     return problems, evidence
+
+
+_HOLDS = {
+    "graph": "an autograd graph is kept ({name}): something was called without torch.no_grad()",
+    "module": "{bytes} are weights of a {name} that is none of this pipeline's: another one's is on the accelerator",
+    "cache": "{bytes} are what the cache of {name} keeps from one call for the next: reset it after a call",
+}
+
+
+def _who_holds(call: CallMemory) -> list[str]:
+    return [_HOLDS[one.kind].format(name=one.name, bytes=human(one.bytes)) for one in call.holders[:SHARES_SHOWN]]
 
 
 def _growth_problems(memory: MemoryRecord) -> tuple[list[str], list[str]]:
@@ -249,7 +280,27 @@ def _growth_problems(memory: MemoryRecord) -> tuple[list[str], list[str]]:
         problem = f"the peak of a call grows by {_measured(per_call, error)} a call, though no more stays after it"
         peaks = ", ".join(human(call.peak_bytes - memory.before_bytes) for call in memory.calls)
         return [problem], [f"peak of each call: {peaks}", *at_the_peak(memory, memory.calls[-1:])]
+    per_call, error = host_growth(memory)
+    if per_call - 2 * error > STRAY_BYTES:
+        problem = f"memory of the host grows by {_measured(per_call, error)} a call"
+        held = ", ".join(human(call.host_bytes or 0) for call in memory.calls)
+        return [problem], [
+            f"on the host after each call: {held}",
+            "something keeps tensors on the host from call to call",
+        ]
     return [], []
+
+
+def host_peak(memory: MemoryRecord) -> int | None:
+    """The most bytes of the host, from loading to the last own call; None where nobody counted them."""
+    peaks = [memory.load_host_peak_bytes, *(call.host_peak_bytes for call in own_calls(memory))]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def host_growth(memory: MemoryRecord) -> tuple[float, float]:
+    """As :func:`growth`, of what torch takes of the host."""
+    held = [call.host_bytes for call in memory.calls if call.repeated and call.host_bytes is not None]
+    return _slope(held)
 
 
 def _measured(per_call: float, error: float) -> str:
@@ -414,7 +465,7 @@ def _needed_at_once(given: Evidence, resident: MemoryRecord) -> int | None:
     stays = sum(record.own_bytes for record in given.observation.components if record.name not in moved)
     needed = 0
     for name in _ran(given) & {record.name for record in given.observation.components}:
-        works = max(_works_with(resident, phase, name) for phase in phases)
+        works = max(phase.at_work.get(name, 0) for phase in phases)
         if offloading.strategy == "model":
             there = sum(moved.get(one, 0) for one in _loaded_with(given, name))
         else:
@@ -422,20 +473,6 @@ def _needed_at_once(given: Evidence, resident: MemoryRecord) -> int | None:
             there = max(sizes, default=0) if name in moved else 0
         needed = max(needed, works + there + stays)
     return needed
-
-
-def _works_with(memory: MemoryRecord, phase: PhaseResidency, name: str) -> int:
-    """The most bytes beside weights while a component ran: its own, and what others and the pipeline had left."""
-    assert memory.residency is not None
-    most = phase.working.get(name, 0)
-    found = [most]
-    owners = [(at, owner) for at, owner in enumerate(memory.residency.owners) if owner.kind in ("working", "other")]
-    for position, row in zip(memory.residency.positions, memory.residency.bytes, strict=True):
-        # what it returned is its working memory as well, and stays: it runs where it has much of it
-        if most and phase.first <= position <= phase.last:
-            own = sum(row[at] for at, owner in owners if owner.component == name)
-            found += [sum(row[at] for at, _ in owners)] if 2 * own >= most else []
-    return max(found)
 
 
 def _loaded_with(given: Evidence, name: str) -> set[str]:
@@ -471,43 +508,23 @@ def _idle_beside(given: Evidence, memory: MemoryRecord) -> list[tuple[str, str]]
 
     What a class of diffusers leaves there by its own chain stays by design.
     """
-    if given.recipe.offloading is None or given.recipe.offloading.strategy != "model" or memory.residency is None:
+    if given.recipe.offloading is None or given.recipe.offloading.strategy != "model":
         return []
     sizes = {record.name: record.own_bytes - stray(record.bytes) for record in offloaded_components(given)}
-    names = [record.name for record in offloaded_components(given) if sizes[record.name] > 0]
     order = next(iter(_orders(given)), {})
-    places = {name: set(range(found[0], found[-1] + 1)) for name, found in order.items()}
-    # others run between its runs: which of them a moment belongs to is not known
-    at_once = {
-        name for name in places if not any(places[name] & set(found) for one, found in order.items() if one != name)
-    }
     found: dict[tuple[str, str], None] = {}
     for call, phase in _phases_of_calls(memory):
         if call.repeated or call.call not in given.own_calls:
             continue
-        rows = [memory.residency.at(at) for at in memory.residency.positions if phase.first <= at <= phase.last]
-        weights = [{owner.component: size for owner, size in row.items() if owner.kind == "weights"} for row in rows]
-        most = phase.working
-        # what it returned is its working memory as well, and stays: it runs where it has much of it
-        works = [
-            {
-                owner.component
-                for owner, size in row.items()
-                if owner.kind == "working" and 2 * size >= most.get(owner.component, 0)
-            }
-            for row in rows
-        ]
-        for later in names:
-            at = max((index for index, running in enumerate(works) if later in running), default=None)
-            if at is None or weights[at].get(later, 0) < sizes[later]:
-                continue
-            for earlier in names:
-                done = earlier in order and later in at_once and order[earlier][-1] < order[later][0]
+        for later, others in phase.beside.items():
+            for earlier, there in others.items():
+                done = {earlier, later} <= order.keys() and order[earlier][-1] < order[later][0]
                 if (
                     done
+                    and {earlier, later} <= sizes.keys()
+                    and 0 < sizes[earlier] <= there
+                    and 0 < sizes[later] <= phase.weights.get(later, 0)
                     and not _stays(given, order, earlier, later)
-                    and weights[at].get(earlier, 0) >= sizes[earlier]
-                    and earlier not in set().union(*works[at:])
                 ):
                     found[earlier, later] = None
     return list(found)
@@ -538,31 +555,20 @@ def _ran(given: Evidence, call: int | None = None) -> set[str]:
 def _on_the_host(given: Evidence, memory: MemoryRecord) -> list[str]:
     """Components that ran in a call in which none of their weights were on the accelerator; none where it does not tell."""
     offloading = given.recipe.offloading
-    # CUDA's history has no copies, and a file is no host memory: weights that come and go count as working memory there
+    # CUDA's history has no operations, and a file is no host memory: weights that come and go count as working memory there
     untold = given.observation.accelerator != "sim" or (offloading is not None and offloading.offload_to_disk_path)
+    layered = {layer.component for layer in given.observation.layers}
+    compiled = {one.owner for one in given.recipe.compilation}
     found: dict[str, None] = {}
     for call, phase in _phases_of_calls(memory):
         for record in given.observation.components if not call.repeated else ():
-            works = phase.working.get(record.name, 0)
-            # weights that come out of a cast or another temporary are known by nothing, and count as working memory too
-            there = phase.weights.get(record.name, 0) or works > (
-                0 if untold else _of_a_host_run(given, record, call.call)
-            )
+            # weights that come out of a cast, a file or another temporary are known by what is computed with them alone
+            by_operations = record.name in layered and record.name not in compiled and not untold
+            worked = (phase.products if by_operations else phase.working).get(record.name, 0)
+            there = phase.weights.get(record.name, 0) or worked
             if record.own_bytes and not there and record.name in _ran(given, call.call):
                 found[record.name] = None
     return list(found)
-
-
-def _of_a_host_run(given: Evidence, record: ComponentRecord, call: int) -> int:
-    """The most that a component takes on the accelerator that computes on the host: what it returns, copied there. To run
-    there it needs its largest layer as well."""
-    returned = sum(
-        math.prod(output.shape) * max(4, output.width)
-        for output in given.observation.outputs
-        if output.component == record.name and output.call == call
-    )
-    layers = [layer.weight_bytes for layer in given.observation.layers if layer.component == record.name]
-    return returned + max(layers, default=0)
 
 
 def _whole_at_once(given: Evidence, memory: MemoryRecord) -> list[tuple[str, int]]:

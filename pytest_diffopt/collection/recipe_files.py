@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -306,11 +307,16 @@ def _installed(matrix: Matrix, folder: Path, *, allow_hub: bool) -> tuple[Matrix
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
     """A pipeline in a directory that is named from the recipe file's own folder, wherever pytest was started."""
-    found = {
+    from pytest_diffopt.preparation import media
+
+    found: dict[str, Any] = {
         field: str(folder / name)
         for field, name in (("pipeline", recipe.pipeline), ("reference", recipe.reference))
         if isinstance(name, str) and (folder / name / "model_index.json").is_file()
     }
+    kwargs, inputs = media.located(recipe.call.kwargs, folder), media.located(recipe.call.inputs, folder)
+    if (kwargs, inputs) != (recipe.call.kwargs, recipe.call.inputs):
+        found["call"] = dataclasses.replace(recipe.call, kwargs=kwargs, inputs=inputs)
     return recipe.replace(**found) if found else recipe
 
 

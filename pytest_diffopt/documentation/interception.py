@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_diffopt.libraries import exchange_everywhere
-from pytest_diffopt.preparation import quantization
-
-PICTURE_SIDE = 128
-FRAMES = 5
+from pytest_diffopt.part import did_you_mean
+from pytest_diffopt.preparation import media, quantization
 
 CallHandler = Callable[[Any, dict[str, Any], frozenset[str], Callable[..., Any]], Any]
 
@@ -47,6 +45,7 @@ class Interception:
         pictures: addresses that a generated picture or video stands for.
         single_files: id of a model → the file or address that it was loaded from, if that is one file.
         not_encoded: videos that were not written, since nothing that encodes them is installed.
+        not_there: components that the block names and its pipeline does not have, a sentence each.
         offloads: names of methods that were called to offload something.
     """
 
@@ -56,6 +55,7 @@ class Interception:
     offloads: list[str] = field(default_factory=list)
     single_files: dict[int, str] = field(default_factory=dict)
     not_encoded: list[str] = field(default_factory=list)
+    not_there: list[str] = field(default_factory=list)
     _wrapped: set[type] = field(default_factory=set)
     _kept: list[Any] = field(default_factory=list)
 
@@ -75,6 +75,7 @@ class Interception:
         self._see_compiles(really=compiles, backend=compile_backend)
         self._see_offloads(really=offloads, device=device)
         self._make_pictures()
+        self._see_names_of_components()
         self._see_single_files()
         self._encode_where_possible()
 
@@ -186,12 +187,52 @@ class Interception:
 
         return offload
 
+    # Names of components: diffusers passes over one that is not there.
+
+    def _see_names_of_components(self) -> None:
+        from diffusers import DiffusionPipeline
+
+        from_pretrained = DiffusionPipeline.from_pretrained.__func__
+        offload = getattr(DiffusionPipeline, "enable_group_offload", None)
+
+        @functools.wraps(from_pretrained)
+        def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            pipeline = from_pretrained(cls, *args, **kwargs)
+            config = kwargs.get("quantization_config")
+            named = [
+                *(getattr(config, "components_to_quantize", None) or ()),
+                *(getattr(config, "quant_mapping", None) or ()),
+            ]
+            self._note_names(pipeline, "quantization", named)
+            return pipeline
+
+        DiffusionPipeline.from_pretrained = classmethod(loaded)
+        if offload is not None:
+
+            @functools.wraps(offload)
+            def offloaded(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+                excluded = kwargs.get("exclude_modules") or ()
+                self._note_names(pipeline, "exclude_modules", [excluded] if isinstance(excluded, str) else excluded)
+                return offload(pipeline, *args, **kwargs)
+
+            DiffusionPipeline.enable_group_offload = offloaded
+
+    def _note_names(self, pipeline: Any, what: str, named: Iterable[Any]) -> None:
+        there = list(getattr(pipeline, "components", {}))
+        for name in named:
+            if isinstance(name, str) and name not in there:
+                guess = did_you_mean(name, there)
+                self.not_there.append(
+                    f"{what} names {name}, which the {type(pipeline).__name__} does not have; "
+                    + (guess or f"it has: {', '.join(there)}").rstrip()
+                )
+
     # Pictures.
 
     def _make_pictures(self) -> None:
         from diffusers.utils import loading_utils
 
-        for name, make in (("load_image", picture), ("load_video", video)):
+        for name, make in (("load_image", media.picture), ("load_video", media.video)):
             original = getattr(loading_utils, name, None)
             if original is not None:
                 exchange_everywhere(name, original, self._loader(original, make))
@@ -253,18 +294,3 @@ def _described(model: Any, kwargs: Mapping[str, Any]) -> CompileCall:
     if isinstance(owner, torch.nn.Module):
         return CompileCall(id(owner), name, f"{type(owner).__name__}.{name}", kept)
     return CompileCall(0, "", name, kept)
-
-
-def picture() -> Any:
-    """A picture that stands for one of the network: small, in colours, not of one kind."""
-    import numpy as np
-    from PIL import Image
-
-    down, across = np.mgrid[0:PICTURE_SIDE, 0:PICTURE_SIDE]
-    channels = [across * 2, down * 2, (across ^ down) * 2]
-    return Image.fromarray(np.stack(channels, -1).astype("uint8"))
-
-
-def video() -> list[Any]:
-    """Some pictures that differ."""
-    return [picture().rotate(15 * index) for index in range(FRAMES)]

@@ -261,6 +261,9 @@ def _use(name: str, run: BlockRun, recipe: Recipe | None) -> Verdict:
             problems.append(f"{where} fails, and the block hides it: {error}")
         elif error.error not in _OPTIONAL:
             problems.append(f"{where} fails, and the block handles it: {error}")
+    if run.not_there:
+        failed = True
+        problems += run.not_there
     told = len(problems)
     problems += run.idle
     parts = configured(recipe) if recipe is not None else ()

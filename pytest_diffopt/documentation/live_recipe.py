@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import RecipeError
-from pytest_diffopt.preparation import attention, caching, compilation, offloading, quantization
+from pytest_diffopt.preparation import attention, caching, compilation, media, offloading, quantization
 from pytest_diffopt.recipe import Caching, Call, Compilation, Quantization, Recipe
 from pytest_diffopt.replicas import registry
 
@@ -135,9 +135,8 @@ def call_of(arguments: Mapping[str, Any]) -> Call:
         said["sizes"] = tuple(side for side in size if isinstance(side, int))
     if isinstance(steps := arguments.get("num_inference_steps"), int):
         said["num_inference_steps"] = steps
-    said["kwargs"] = {
-        name: value for name, value in arguments.items() if name not in _NO_KWARGS and isinstance(value, _PLAIN)
-    }
+    kwargs = {name: value for name, value in arguments.items() if name not in _NO_KWARGS and isinstance(value, _PLAIN)}
+    said["kwargs"] = kwargs | {name: word for name, value in arguments.items() if (word := media.word_for(name, value))}
     return Call(**said)
 
 

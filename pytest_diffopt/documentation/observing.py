@@ -379,6 +379,7 @@ class _Observing:
             shrunk=tuple(dict.fromkeys(map(str, self.seen.shrunk))),
             pictures=tuple(dict.fromkeys(self.interception.pictures)),
             not_encoded=tuple(dict.fromkeys(self.interception.not_encoded)),
+            not_there=tuple(dict.fromkeys(self.interception.not_there)),
             configured=tuple(read.configures) if read is not None else (),
             first_call=self.seen.first_call,
             device_bytes=self._device_bytes(),

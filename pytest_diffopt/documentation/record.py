@@ -61,6 +61,7 @@ class BlockRun:
         beside: what a recipe cannot say.
         shrunk: what was made small.
         pictures: addresses that a generated picture stands for.
+        not_there: components that the block names and its pipeline does not have, a sentence each.
         not_encoded: videos that were not written, since nothing that encodes them is installed.
         configured: the parts that the block set on any pipeline or module.
         first_call: which of the block's calls is the first that is judged.
@@ -85,6 +86,7 @@ class BlockRun:
     shrunk: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     not_encoded: tuple[str, ...] = ()
+    not_there: tuple[str, ...] = ()
     configured: tuple[str, ...] = ()
     first_call: int = 0
     device_bytes: int | None = None

@@ -462,6 +462,7 @@ class _Run:
         others = self.accelerator.live_bytes() or 0
         simulated.set_memory_limit(_ROOM_BYTES)
         simulated.set_caching_allocator(True)
+        simulated.empty_host_cache()  # of what others pinned
         simulated.reset_peak_host_memory_stats()
         stats = simulated.host_memory_stats()
         self._host_before, self._pinned_before = stats["allocated"], stats["pinned"]

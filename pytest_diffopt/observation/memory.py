@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from pytest_diffopt.accelerators import Peak
 from pytest_diffopt.errors import UnverifiableError
+from pytest_diffopt.observation.holders import holders
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
-from pytest_diffopt.observation.residency import ResidencyLedger
+from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
 from pytest_diffopt.preparation import kept_tables
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class MemoryWatch:
         self._held_at_begin: list[int] = []
         self._inputs = ""
         self._kept_results = 0
+        self._host_before = 0
+        self._load_host_peak: int | None = None
 
     @property
     def counts(self) -> bool:
@@ -82,6 +85,8 @@ class MemoryWatch:
             if not self._frozen and not live:
                 gc.collect()  # what is frozen now stays so, as what somebody else froze
             gc.freeze()
+        self.accelerator.count_host_memory(True)
+        self._host_before = (self.accelerator.host_bytes() or (0, 0))[0]
         self._before = self.accelerator.live_bytes()
         self._peak.__enter__()
         self._elsewhere_before = self._peak.elsewhere_bytes() or 0
@@ -93,6 +98,7 @@ class MemoryWatch:
         if self.counts:
             self._load_peak = self._peak.bytes() or 0
             self._loaded = self._settled() or 0
+            self._load_host_peak = self._host(components, 0)[1]
             resident = {name: self._resident(module)[0] for name, module in components.items()}
             self._loaded_residency = {name: sum(blocks.values()) for name, blocks in resident.items()}
             self.ledger.knows(components)
@@ -111,26 +117,41 @@ class MemoryWatch:
         self._inputs = inputs
         if self.counts:
             self._peak.begin()
+            self.accelerator.count_host_memory(True)
             self._transferred = self.accelerator.transferred_bytes()
             self.ledger.phase(phase)
 
     def call_ends(
-        self, call: int, components: Mapping[str, torch.nn.Module], held_bytes: int, *, repeated: bool = False
+        self,
+        call: int,
+        components: Mapping[str, torch.nn.Module],
+        held_bytes: int,
+        *,
+        held_on_host: int = 0,
+        repeated: bool = False,
     ) -> None:
-        """A call was made; ``held_bytes`` on the accelerator are held by the observation: results, and its arguments."""
+        """A call was made; ``held_bytes`` on the accelerator, and so many on the host, are held by the observation: results,
+        and its arguments."""
         if not self.counts:
             return
         peak = self._peak.bytes() or 0
         moved = self.accelerator.transferred_bytes()
         begun = self._transferred
         resident = {name: self._resident(module) for name, module in components.items()}
+        live = (self._settled() or 0) - held_bytes
+        weights = sum({a: size for blocks, _ in resident.values() for a, size in blocks.items()}.values())
+        host, host_peak = self._host(components, held_on_host)
+        stays = live - (self._before or 0) - weights > LITTLE_BYTES
         self._calls.append(
             CallMemory(
                 call=call,
                 peak_bytes=peak - self._held,
-                live_bytes=(self._settled() or 0) - held_bytes,
+                live_bytes=live,
                 residency={name: sum(blocks.values()) for name, (blocks, _) in resident.items()},
-                weights_bytes=sum({a: size for blocks, _ in resident.values() for a, size in blocks.items()}.values()),
+                weights_bytes=weights,
+                host_bytes=host,
+                host_peak_bytes=host_peak,
+                holders=holders(components, self.accelerator.device_type) if stays else (),
                 staying={name: names for name, (_, names) in resident.items() if names},
                 buffers={name: size for name, module in components.items() if (size := self._resident_buffers(module))},
                 elsewhere_bytes=max(0, (self._peak.elsewhere_bytes() or 0) - self._elsewhere_before),
@@ -148,6 +169,7 @@ class MemoryWatch:
     def close(self) -> None:
         """End: what happens to the memory from here on is not this run's."""
         self._peak.__exit__(None, None, None)
+        self.accelerator.count_host_memory(False)
         self.ledger.close()
         if self._frozen:
             gc.unfreeze()
@@ -174,7 +196,8 @@ class MemoryWatch:
         more: dict[str, None] = {}
         for at, call in enumerate(own[1:], 1):
             equal = [earlier.peak_bytes for earlier in own[:at] if earlier.inputs == call.inputs]
-            if call.live_bytes > own[at - 1].live_bytes or (equal and call.peak_bytes > max(equal)):
+            more_on_host = (call.host_bytes or 0) - (own[at - 1].host_bytes or 0) > LITTLE_BYTES
+            if more_on_host or call.live_bytes > own[at - 1].live_bytes or (equal and call.peak_bytes > max(equal)):
                 more[call.inputs] = None
         kept_at_first = own[0].live_bytes - self._loaded if own else 0
         if not more and (kept_at_first > LITTLE_BYTES or self._kept_results):
@@ -188,7 +211,9 @@ class MemoryWatch:
             if call.repeated:
                 kinds.setdefault(call.inputs, []).append(call)
         return any(
-            calls[-1].live_bytes > calls[0].live_bytes or calls[-1].peak_bytes > calls[0].peak_bytes
+            calls[-1].live_bytes > calls[0].live_bytes
+            or calls[-1].peak_bytes > calls[0].peak_bytes
+            or (calls[-1].host_bytes or 0) - (calls[0].host_bytes or 0) > LITTLE_BYTES
             for calls in kinds.values()
         )
 
@@ -205,7 +230,18 @@ class MemoryWatch:
             self._loaded_residency,
             self.ledger.record,
             self._kept_results,
+            self._load_host_peak,
         )
+
+    def _host(self, components: Mapping[str, torch.nn.Module], held: int) -> tuple[int | None, int | None]:
+        """(held of the host, the most since the peak began) without what the observation holds."""
+        if (counted := self.accelerator.host_bytes()) is None:
+            return None, None
+        tensors = [one for module in components.values() for _, one in weights_of(module) if one.device.type == "cpu"]
+        blocks = self.accelerator.blocks(tensors)
+        mapped = {one.data_ptr(): one.nbytes for one, block in zip(tensors, blocks, strict=True) if block < 0}
+        others = self._host_before + held - sum(mapped.values())
+        return counted[0] - others, counted[1] - others
 
     def _settled(self) -> int | None:
         """Live bytes once everything queued has run and garbage is gone; None where the device does not count."""

@@ -272,6 +272,21 @@ class Executions:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """Who keeps memory of the accelerator beside the weights.
+
+    Attributes:
+        kind: ``graph``, of autograd, with the names of what made its last tensors; ``module``, of something else, with its
+            class; ``cache``, of the component that is named.
+        bytes: that Python can see; what a graph saved for the gradients comes on top.
+    """
+
+    kind: Literal["graph", "module", "cache"]
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class CallMemory:
     """Memory of the accelerator around one call, in bytes.
 
@@ -284,6 +299,10 @@ class CallMemory:
         elsewhere_bytes: the highest during the call on other devices of the same kind, beyond what was there before.
         tables_bytes: of tables of positions that functions of the libraries keep there from call to call.
         h2d_bytes, d2h_bytes: copied to the device and back during the call; None where it does not count them.
+        host_bytes, host_peak_bytes: what torch's allocators hold of the host after it, and the most during it, beyond what
+            there was before the pipeline and what the observation holds; weights in mapped files count. None where
+            nobody counts it.
+        holders: who keeps what stays beside the weights, where something does and it could be found.
         repeated: an extra call, one of the recipe's own again, made because more was kept after it than before.
         inputs: a digest; calls with the same one were given the same.
     """
@@ -299,6 +318,9 @@ class CallMemory:
     tables_bytes: int = 0
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
+    host_bytes: int | None = None
+    host_peak_bytes: int | None = None
+    holders: tuple[Holder, ...] = ()
     repeated: bool = False
     inputs: str = ""
 
@@ -331,6 +353,9 @@ class PhaseResidency:
         peak_at: the position of the peak. peak_bytes: then on the accelerator.
         component, operation: what took the memory that made the peak; both empty where it was there when the phase began.
         weights: component → the most bytes of its weights at once. working: the same of its working memory.
+        at_work: component → the most bytes beside weights while it ran, whoever took them.
+        products: component → how many blocks operations made that take weights, such as matrix products.
+        beside: component → other component → the bytes of the other's weights at the end of its last run.
     """
 
     phase: str
@@ -342,6 +367,9 @@ class PhaseResidency:
     operation: str = ""
     weights: dict[str, int] = field(default_factory=dict)
     working: dict[str, int] = field(default_factory=dict)
+    at_work: dict[str, int] = field(default_factory=dict)
+    products: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -377,6 +405,7 @@ class MemoryRecord:
         residency: None where the device does not tell who takes its memory.
         kept_results_bytes: of the results of all own calls, still there once the observation held them no more: the
             pipeline keeps them as well.
+        load_host_peak_bytes: as a call's ``host_peak_bytes``, while it was prepared.
     """
 
     before_bytes: int
@@ -386,6 +415,7 @@ class MemoryRecord:
     loaded_residency: dict[str, int] = field(default_factory=dict)
     residency: Residency | None = None
     kept_results_bytes: int = 0
+    load_host_peak_bytes: int | None = None
 
     @property
     def call_peak_bytes(self) -> int:

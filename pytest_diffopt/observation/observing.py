@@ -329,7 +329,10 @@ class Run:
         self.result = result if self.keeps_result else None
         del result
         self.memory.call_ends(
-            call, prepared.components, self.recorder.held_bytes(self.accelerator.device_type, also=arguments)
+            call,
+            prepared.components,
+            self.recorder.held_bytes(self.accelerator.device_type, also=arguments),
+            held_on_host=self._held_on_host(self.recorder, arguments),
         )
         if prepared.is_model:
             self.recorder.record("inputs after the call", arguments)
@@ -377,24 +380,33 @@ class Run:
         again = sorted({inputs.get(found, self.recipe.call.count - 1) for found in self.memory.kept_more()})
         if not again:
             return
-        with self._stance(), recording(prepared, OutputRecorder(), self.memory.ledger):
+        recorder = OutputRecorder()
+        with self._stance(), recording(prepared, recorder, self.memory.ledger):
             for repeat in range(REPEATS_WHERE_MEMORY_GREW):
                 for call in again:
-                    self._call_for_the_memory(prepared, call, repeat + 1)
+                    self._call_for_the_memory(prepared, recorder, call, repeat + 1)
             if not self.memory.still_growing():
                 return
             for more in range(REPEATS_WHERE_IT_GOES_ON):
                 for call in again:
-                    self._call_for_the_memory(prepared, call, REPEATS_WHERE_MEMORY_GREW + more + 1)
+                    self._call_for_the_memory(prepared, recorder, call, REPEATS_WHERE_MEMORY_GREW + more + 1)
 
-    def _call_for_the_memory(self, prepared: Prepared, call: int, repeat: int) -> None:
+    def _held_on_host(self, recorder: OutputRecorder, arguments: Any) -> int:
+        """Bytes of the host that the observation holds itself."""
+        noise = sum(
+            tensor.nbytes for _, tensor in leaves(list(self.starting_noise.values())) if tensor.device.type == "cpu"
+        )
+        return recorder.copied_bytes() + recorder.held_bytes("cpu", also=arguments) + int(noise)
+
+    def _call_for_the_memory(self, prepared: Prepared, recorder: OutputRecorder, call: int, repeat: int) -> None:
         self.watch.call = max(self.watch.call, self.recipe.call.count) + 1
         arguments = prepared.arguments(call)
         self.memory.call_begins(f"call {call} again, {repeat}", 0, digest(arguments))
         self._run(prepared, arguments)
         self.accelerator.synchronize()
         held = self.recorder.held_bytes(self.accelerator.device_type, also=arguments)
-        self.memory.call_ends(self.watch.call, prepared.components, held, repeated=True)
+        on_host = self._held_on_host(recorder, arguments)
+        self.memory.call_ends(self.watch.call, prepared.components, held, held_on_host=on_host, repeated=True)
 
     def _describe(self, prepared: Prepared) -> None:
         seen: set[int] = set()

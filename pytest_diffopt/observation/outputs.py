@@ -115,6 +115,10 @@ class OutputRecorder:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
+    def copied_bytes(self) -> int:
+        """Bytes of the host that its copies take."""
+        return sum(kept.copy.nbytes for kept in self._kept)
+
     def let_go(self) -> None:
         """Hold no tensors but copies from here on; what was overwritten by now is written down."""
         for kept in self._kept:

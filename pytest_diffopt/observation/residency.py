@@ -11,6 +11,8 @@ still its component's.
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,19 +225,23 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
     kept = _kept_positions(totals, {*peaks, *(at for _, first, last in spans for at in (first, last))})
 
     columns: dict[Owner, int] = {}
+    owners: list[Owner] = []  # of the columns
     rows: list[list[int]] = []
     now: list[int] = []
+    loose = 0  # of it, what is no weight
     born: dict[int, int] = {}  # a live block → its owner's column
 
     def column(owner: Owner) -> int:
         if owner not in columns:
             columns[owner] = len(columns)
+            owners.append(owner)
             now.append(0)
         return columns[owner]
 
     before = column(Owner("", "before"))
     now[before] = before_bytes
     highest: list[dict[int, int]] = [{} for _ in spans]  # a column → its most bytes in the phase
+    beside_runs = _BesideRuns([event for _, event in moves], marks)
     begins: dict[int, list[int]] = {}
     for span, (_, first, _) in enumerate(spans):
         begins.setdefault(first, []).append(span)
@@ -247,10 +253,12 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
                 born[event.block] = column(owner_of[index])
             at = born[event.block] if event.bytes > 0 else born.pop(event.block, before)
             now[at] += event.bytes
+            loose += event.bytes if owners[at].kind in ("working", "other") else 0
             if open_span >= 0 and position <= spans[open_span][2]:
                 highest[open_span][at] = max(highest[open_span].get(at, 0), now[at])
         for open_span in begins.get(position, ()):  # what was there already counts too
             highest[open_span] = dict(enumerate(now))
+        beside_runs.at(position, marks[moves[position - 1][1].mark] if position else None, owners, now, loose)
         if position in kept:
             rows.append(list(now))
     rows = [row + [0] * (len(columns) - len(row)) for row in rows]  # who came later held nothing before
@@ -271,6 +279,9 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
                 operation=by.operation if by else "",
                 weights=_by_component(columns, most, "weights"),
                 working=_by_component(columns, most, "working"),
+                at_work=beside_runs.at_work.get(name, {}),
+                products=_products(moves[first:last], marks),
+                beside={one: others for one, others in beside_runs.weights.get(name, {}).items() if others},
             )
         )
     return Residency(
@@ -279,6 +290,17 @@ def attribute(events: Sequence[AllocationEvent], marks: Sequence[Mark], before_b
         positions=tuple(sorted(kept)),
         bytes=tuple(tuple(row[columns[owner]] for owner in order) for row in rows),
     )
+
+
+_PRODUCTS = re.compile(r"mm|conv|linear|attention|einsum|matmul|embedding|_norm")
+"""Of an operation's name: it takes a weight, and only one that is on the device."""
+
+
+def _products(moves: Sequence[tuple[int, AllocationEvent]], marks: Sequence[Mark]) -> dict[str, int]:
+    running = (
+        marks[event.mark].component for _, event in moves if event.bytes > 0 and _PRODUCTS.search(event.operation)
+    )
+    return dict(Counter(component for component in running if component))
 
 
 def _by_component(columns: Mapping[Owner, int], most: Mapping[int, int], kind: str) -> dict[str, int]:
@@ -333,12 +355,50 @@ def owners_of(events: Sequence[AllocationEvent], marks: Sequence[Mark]) -> dict[
     return owners
 
 
-def _spans(moves: Sequence[AllocationEvent], marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
-    """(phase, first position, last position), in order."""
-    until = [0] * len(marks)  # a mark → the position at its end
+def _until(moves: Sequence[AllocationEvent], marks: Sequence[Mark]) -> list[int]:
+    """The position at the end of each mark."""
+    until = [0] * len(marks)
     for position, event in enumerate(moves, 1):
         until[event.mark] = position
-    until = list(itertools.accumulate(until, max))
+    return list(itertools.accumulate(until, max))
+
+
+class _BesideRuns:
+    """What else is there while each component runs, by phase.
+
+    Attributes:
+        at_work: phase → component → the most bytes beside weights.
+        weights: phase → component → other component → the bytes of its weights at the end of the last run.
+    """
+
+    def __init__(self, moves: Sequence[AllocationEvent], marks: Sequence[Mark]) -> None:
+        self.at_work: dict[str, dict[str, int]] = {}
+        self.weights: dict[str, dict[str, dict[str, int]]] = {}
+        self._ends: dict[int, list[Mark]] = {}
+        following = itertools.chain(marks[1:], [None])
+        for mark, end, after in zip(marks, _until(moves, marks), following, strict=True):
+            if after is None or after.component != mark.component:
+                self._ends.setdefault(end, []).append(mark)
+
+    def at(self, position: int, moved: Mark | None, owners: Sequence[Owner], held: Sequence[int], loose: int) -> None:
+        """A moment: what moved is of one mark, each owner holds so much, and of it so much is no weight."""
+        ended = self._ends.get(position, [])
+        for mark in ended if moved is None else [moved, *ended]:
+            if mark.component and mark.phase:
+                works = self.at_work.setdefault(mark.phase, {})
+                works[mark.component] = max(works.get(mark.component, 0), loose)
+        for mark in ended:
+            if mark.component and mark.phase:
+                self.weights.setdefault(mark.phase, {})[mark.component] = {
+                    owner.component: size
+                    for owner, size in zip(owners, held, strict=True)
+                    if size and owner.kind == "weights" and owner.component != mark.component
+                }
+
+
+def _spans(moves: Sequence[AllocationEvent], marks: Sequence[Mark]) -> list[tuple[str, int, int]]:
+    """(phase, first position, last position), in order."""
+    until = _until(moves, marks)
     spans: list[tuple[str, int, int]] = []
     for at, mark in enumerate(marks):
         if mark.phase and at and marks[at - 1].phase == mark.phase:

@@ -113,6 +113,36 @@ def cache_hooks(module: torch.nn.Module, kind: str) -> Iterator[tuple[str, Any]]
                 yield path, hook
 
 
+def held_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What the caches on a component keep from one step, or one call, for the next."""
+    hooks = [
+        hook
+        for inner in original_module(module).modules()
+        for hook in getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()
+        if type(hook).__module__.rpartition(".")[2] in CONFIGS
+    ]
+    return [tensor for hook in hooks for tensor in _tensors_in(vars(hook), set())]
+
+
+def _tensors_in(held: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors in containers and in objects of diffusers' hooks, not those of modules."""
+    import torch
+
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        for one in list(held.values()):
+            yield from _tensors_in(one, seen)
+    elif isinstance(held, list | tuple):
+        for one in held:
+            yield from _tensors_in(one, seen)
+    elif type(held).__module__.startswith("diffusers.hooks.") and not isinstance(held, torch.nn.Module):
+        yield from _tensors_in(vars(held), seen)
+
+
 def caching_of(module: torch.nn.Module) -> tuple[str, dict[str, Any]] | None:
     """The cache of a live component as a recipe writes it, (kind, kwargs that differ from the config's defaults); or None.
 

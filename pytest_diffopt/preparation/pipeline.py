@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.libraries import dtype_argument, no_progress_bars
-from pytest_diffopt.preparation import attention, autoencoder, caching, compilation, dynamo, offloading, quantization
+from pytest_diffopt.preparation import (
+    attention,
+    autoencoder,
+    caching,
+    compilation,
+    dynamo,
+    media,
+    offloading,
+    quantization,
+)
 from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
 from pytest_diffopt.references import UnresolvedReference, resolve_callable
@@ -89,13 +98,16 @@ class Prepared:
             **self.default_kwargs,
         }
         given = {name: value for name, value in wanted.items() if name in signature or open_ended}
-        extra = thawed(copy.deepcopy(dict(asked.kwargs)))
-        if unknown := [name for name in extra if name not in signature and not open_ended]:
-            raise PreparationError(
-                f"call.kwargs: found {unknown[0]!r}; {type(self.pipeline).__name__} takes: "
-                f"{', '.join(name for name in signature if name != 'self')}"
-            )
-        return {**given, **extra}
+        for table, more in (("kwargs", asked.kwargs), ("inputs", asked.model_inputs(call) if asked.inputs else {})):
+            if unknown := [name for name in more if name not in signature and not open_ended]:
+                raise PreparationError(
+                    f"call.{table}: found {unknown[0]!r}; {type(self.pipeline).__name__} takes: "
+                    f"{', '.join(name for name in signature if name != 'self')}"
+                )
+            for name, value in thawed(copy.deepcopy(dict(more))).items():
+                found = media.made(f"call.{table}.{name}", name, value, size, call)
+                given[name] = value if found is value else self._placed(found)
+        return given
 
     def run(self, arguments: dict[str, Any]) -> Any:
         """One call. The result is what the pipeline or module returns."""

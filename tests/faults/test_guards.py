@@ -178,7 +178,11 @@ class Server(TwoPart):
 
 def judged(judge: Judge, *given: Any, **contract: Any) -> Any:
     return judge(
-        lambda device: Server(*given, device=device), component="denoiser", dynamic=False, contract=Contract(**contract)
+        lambda device: Server(*given, device=device),
+        component="denoiser",
+        call=Call(),
+        dynamic=False,
+        contract=Contract(**contract),
     )["recompiles"]
 
 
@@ -197,7 +201,11 @@ def test_what_was_compiled_in_another_mode_while_it_was_prepared_is_compiled_aga
 
 def test_what_was_compiled_before_it_was_placed_is_compiled_again(judge: Judge) -> None:
     verdict = judge(
-        lambda: Server(torch.no_grad), component="denoiser", dynamic=False, contract=Contract(max_recompiles=0)
+        lambda: Server(torch.no_grad),
+        component="denoiser",
+        call=Call(),
+        dynamic=False,
+        contract=Contract(max_recompiles=0),
     )["recompiles"]
     assert verdict.status == "failed"
     assert "place the pipeline before it is warmed up" in verdict.text
@@ -226,7 +234,7 @@ class OtherServer(Server):
 def test_a_first_compile_of_another_module_of_the_class_is_no_recompile(judge: Judge) -> None:
     both = Contract(max_recompiles=0)
     assert (
-        judge(lambda device: OtherServer(device), component="denoiser", dynamic=False, contract=both)[
+        judge(lambda device: OtherServer(device), component="denoiser", call=Call(), dynamic=False, contract=both)[
             "recompiles"
         ].status
         == "passed"

@@ -317,3 +317,122 @@ def test_on_the_host_nothing_is_measured() -> None:
     verdict = Session(select("cpu")).judge(recipe, "memory")
     assert verdict.status == "unverified"
     assert "cpu, has no memory of its own" in verdict.sentence
+
+
+class OneAfterTheOther(TwoPart):
+    """Offloads by itself, each component as a whole; the one before is sent away first where they are a chain."""
+
+    chain = True
+
+    def enable_model_cpu_offload(self, device: str) -> None:
+        from accelerate import cpu_offload_with_hook
+
+        self.hooks: list[Any] = []
+        for module in self.components.values():
+            before = self.hooks[-1] if self.hooks and self.chain else None
+            self.hooks.append(cpu_offload_with_hook(module, torch.device(device), prev_module_hook=before)[1])
+
+    def __call__(self, prompt: str, num_inference_steps: int = 3) -> dict[str, torch.Tensor]:
+        result = super().__call__(prompt, num_inference_steps)
+        for hook in getattr(self, "hooks", ()):
+            hook.offload()
+        return result
+
+
+class BothAtOnce(OneAfterTheOther):
+    chain = False
+
+
+class EncodesInEachStep(BothAtOnce):
+    """Its encoder runs again in each step: it is right to leave it there."""
+
+    def denoise(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.components["encoder"](super().denoise(x))
+        return result
+
+
+class Narrow(Healthy):
+    """So small that its stay cannot be seen in the peak."""
+
+
+@pytest.mark.parametrize("encoder", [Wide, Narrow], ids=["as large", "small beside the other"])
+def test_a_component_that_is_idle_beside_a_later_one_is_found_by_residency(encoder: Any) -> None:
+    ample = Contract(max_memory_ratio=1.5)
+    verdict = judged(lambda: BothAtOnce(encoder(), Wide()), contract=ample)
+    failed_with(verdict, "encoder was still there as a whole when denoiser ran, after its own last run")
+    assert judged(lambda: OneAfterTheOther(encoder(), Wide()), contract=ample).status == "passed"
+
+
+def test_a_component_that_runs_again_later_may_stay() -> None:
+    verdict = judged(lambda: EncodesInEachStep(Wide(), Wide()))
+    assert verdict.status == "passed", verdict
+
+
+class CastAtUse(nn.Module):
+    """Its weights stay on the host in another dtype; what it computes with is a copy that nobody keeps."""
+
+    def __init__(self, computes_on_host: bool = False) -> None:
+        super().__init__()
+        self.model = Wide().double()
+        self.computes_on_host = computes_on_host
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        where = torch.device("cpu") if self.computes_on_host else select().device
+        weights = {name: tensor.float().to(where) for name, tensor in self.model.named_parameters()}
+        found: torch.Tensor = torch.func.functional_call(self.model, weights, (x.float().to(where),))
+        return found.to(select().device)
+
+
+class HooksNothing(TwoPart):
+    """Offloads by the means of its own modules."""
+
+    def enable_sequential_cpu_offload(self, device: str) -> None:
+        self.offloaded = True
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        return super().embed(prompt).float()
+
+
+def test_weights_that_come_out_of_a_cast_are_no_computation_on_the_host(device: Accelerator) -> None:
+    if not device.is_simulated:
+        pytest.skip("only the simulated device tells which operation took memory")
+
+    def of(on_host: bool) -> Verdict:
+        return judged(
+            lambda: HooksNothing(CastAtUse(on_host), CastAtUse(on_host)),
+            Offloading("sequential"),
+            contract=Contract(max_memory="1GiB"),
+        )
+
+    healthy = of(False)
+    assert "did not run" not in healthy.text
+    assert "computed on the host" not in healthy.text
+    failed_with(of(True), "encoder ran with none of its weights on the accelerator: it computed on the host")
+
+
+class LoadsOnTheDevice(TwoPart):
+    """Is made on the device first, and offloaded then."""
+
+    def enable_model_cpu_offload(self, device: str) -> None:
+        from accelerate import cpu_offload_with_hook
+
+        for module in self.components.values():
+            module.to(device)
+        hook = None
+        self.hooks = []
+        for module in self.components.values():
+            _, hook = cpu_offload_with_hook(module.to("cpu"), torch.device(device), prev_module_hook=hook)
+            self.hooks.append(hook)
+
+    def __call__(self, prompt: str, num_inference_steps: int = 3) -> dict[str, torch.Tensor]:
+        result = super().__call__(prompt, num_inference_steps)
+        for hook in getattr(self, "hooks", ()):
+            hook.offload()
+        return result
+
+
+def test_a_memory_limit_is_for_loading_too() -> None:
+    limit = Contract(max_memory=int(1.5 * WIDE_BYTES))
+    verdict = judged(lambda: LoadsOnTheDevice(Wide(), Wide()), contract=limit)
+    failed_with(verdict, "the peak of loading is ", "offload before it is placed")
+    assert judged(lambda: OneAfterTheOther(Wide(), Wide()), contract=limit).status == "passed"

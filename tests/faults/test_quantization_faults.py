@@ -171,3 +171,35 @@ def test_a_component_that_is_not_there_is_named(judge: Judge) -> None:
     verdict = judged(judge, Healthy, absent)
     assert verdict.status == "failed"
     assert "found 'unet'; the pipeline has: model" in verdict.text
+
+
+# A LoRA: peft wraps the layers of a model and puts small ones beside them.
+
+
+def with_lora(factory: Callable[[], nn.Module]) -> Callable[[], Any]:
+    def made() -> Any:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+        return inject_adapter_in_model(config, factory())
+
+    return made
+
+
+def test_the_layers_of_an_adapter_are_not_meant_to_be_quantized(judge: Judge) -> None:
+    healthy = judge(with_lora(model(four_bit, four_bit)), quantization=NF4, compiled=False)
+    assert_all_pass(healthy)
+    assert healthy["quantization"].sentence.startswith("2 layers of model in nf4")
+    verdict = judged(judge, with_lora(model(four_bit, plain)))
+    assert verdict.status == "failed"
+    assert verdict.evidence == ("model.second.base_layer: a plain Linear in float32",)
+
+
+def test_in_place_the_layers_of_an_adapter_stay_as_they_are() -> None:
+    def linear(path: str) -> str:
+        return next(layer.format for layer in found.layers if layer.path == path)
+
+    found = observe(Recipe("r", with_lora(Healthy), call=Call(inputs=inputs()), quantization=NF4))
+    assert found.failure is None, found.failure
+    assert linear("first.base_layer") == linear("second.base_layer") == "nf4"
+    assert linear("first.lora_A.default") == linear("first.lora_B.default") == ""

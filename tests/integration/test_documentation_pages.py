@@ -206,6 +206,14 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory, plugin: tuple[str, ...])
         ("Its forward compiled", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
         ("Blocks compiled in a loop", 0, "passed", "compilation: use, engagement, graph_breaks, recompiles, parity"),
         ("A method of the pipeline compiled", 0, "failed", "graph_breaks: "),
+        (
+            "A component that is not there",
+            0,
+            "failed",
+            "use: quantization names text_encoder_2, which the StableDiffusionPipeline does not have; did you mean",
+        ),
+        ("A public LoRA", 0, "skipped", "someone/a-public-lora"),
+        ("A LoRA on a quantized model", 0, "passed", "quantization: use, quantization, memory, parity"),
     ],
 )
 def test_each_pipeline_gets_its_verdict(pipelines: Ran, heading: str, number: int, verdict: str, reason: str) -> None:

@@ -88,6 +88,56 @@ compilation = { component = "model", backend = "eager" }
         result.stdout.fnmatch_lines([row])
 
 
+CONTROL = """
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+
+from pytest_diffopt.replicas import families
+
+
+def sd():
+    pipe = families()["tiny-sd"].build()
+    control = ControlNetModel.from_unet(pipe.unet)
+    return StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+
+
+def edges(height, width, call):
+    return Image.new("RGB", (width, height), (60 * call, 0, 0))
+"""
+
+
+def test_pictures_are_written_in_a_recipe_file_and_differ_by_call(
+    run_pytest: RunPytest, pytester: pytest.Pytester
+) -> None:
+    from PIL import Image
+
+    folder = pytester.mkdir("controlled")
+    (folder / "controlled.py").write_text(CONTROL)
+    Image.new("RGB", (96, 96), "white").save(folder / "white.png")
+    (folder / "a.recipes.toml").write_text(
+        """
+[recipe.control]
+pipeline = "controlled:sd"
+offloading = { strategy = "model" }
+call = { num_inference_steps = 2, sizes = [[96, 96]], kwargs = { image = "control" } }
+
+[recipe.by-call]
+extends = "control"
+call = { inputs = [{ image = "white.png" }, { image = "controlled:edges", guidance_scale = 2.0 }, {}] }
+
+[recipe.wrong]
+extends = "control"
+call = { kwargs = { image = "contrl" } }
+"""
+    )
+    wrong = run_pytest("-p", "no:cacheprovider", "controlled")
+    wrong.stdout.fnmatch_lines(["*recipe.wrong.call.kwargs.image: found 'contrl'; did you mean 'control'[?]*"])
+    text = (folder / "a.recipes.toml").read_text()
+    (folder / "a.recipes.toml").write_text(text[: text.index("[recipe.wrong]")])
+    result = run_pytest("-p", "no:cacheprovider", "controlled")
+    assert result.parseoutcomes()["passed"] == 6, result.stdout.str()
+
+
 @pytest.mark.usefixtures("fresh_python")
 def test_collecting_a_recipe_file_does_not_import_torch(run_pytest: RunPytest, pytester: pytest.Pytester) -> None:
     pytester.makefile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
 def write_stub(directory: Path, source: str) -> Family:
     path = directory / "stub_family.py"
     path.write_text(source)
+    shutil.rmtree(directory / "__pycache__", ignore_errors=True)  # of a text as long, written in the same second
     spec = importlib.util.spec_from_file_location("stub_family", path)
     assert spec is not None
     assert spec.loader is not None

@@ -139,11 +139,23 @@ def test_ten_gigabytes_on_the_host_cost_no_memory() -> None:
     assert resident_bytes() - before < 100 * MIB
 
 
-def test_pinned_copies_are_pinned_and_counted() -> None:
+def test_pinned_copies_are_pinned_and_counted_as_the_allocator_of_the_host_takes_them() -> None:
+    def held() -> int:
+        return simulated.host_memory_stats()["pinned"] - before
+
     with simulated.dry():
-        pinned = torch.empty(LARGE).pin_memory()
+        simulated.empty_host_cache()
+        before = simulated.host_memory_stats()["pinned"]
+        pinned = torch.empty(5 * MIB, dtype=torch.uint8).pin_memory()
         assert pinned.is_pinned()
-        assert simulated.host_memory_stats()["pinned"] == pinned.nbytes
+        assert held() == 8 * MIB  # a power of two
+        del pinned
+        assert held() == 8 * MIB  # kept
+        again = [torch.empty(size, dtype=torch.uint8).pin_memory() for size in (7 * MIB, 8 * MIB, MIB + 1)]
+        assert held() == (8 + 8 + 2) * MIB  # the first took what was kept
+        del again
+        simulated.empty_host_cache()
+        assert held() == 0
 
 
 def test_what_came_from_a_hollow_tensor_is_hollow_again_on_the_device_also_by_way_of_a_host_copy() -> None:

@@ -176,7 +176,7 @@ def test_mistakes_in_every_part_are_named_at_once() -> None:
         (
             "contract: found 3; a table of: max_graph_breaks, allowed_break_files, max_recompiles, "
             "max_recompiles_after_warmup, warmup_calls, parity_multiple, max_memory_ratio, max_memory, "
-            "max_host_syncs_per_step, parity_dtype"
+            "max_host_memory, max_host_syncs_per_step, parity_dtype"
         ),
         (
             "compilaton: found an unknown key; did you mean 'compilation'? allowed keys: "

@@ -47,6 +47,26 @@ def test_each_phase_says_how_much_of_a_component_was_there_at_once() -> None:
     assert [phase.working for phase in phases] == [{}, {}, {"a": 4}, {"a": 4}]
 
 
+def test_each_phase_says_what_was_there_while_a_component_ran() -> None:
+    marks = [
+        mark("loading"),
+        mark(component="a"),
+        mark(a=1),
+        mark(component="b"),
+        mark(b=2),
+        mark("call 1", component="b"),
+        mark("call 1", a=HOST),
+    ]
+    of_a = [Event(1, 10, "", 1), Event(3, 4, "aten::addmm", 1), Event(3, -4, "", 1), Event(4, 1, "aten::copy_", 1)]
+    of_b = [Event(5, 3, "aten::randn", 2), Event(2, 6, "", 3), Event(6, 2, "aten::convolution", 3)]
+    later = [Event(1, -10, "", 5), Event(7, 1, "aten::add", 5)]
+    _, first, second = attribute([*of_a, *of_b, *later], marks, 0).phases
+    assert first.at_work == {"a": 4, "b": 6}  # of b, what a had left and the pipeline took between as well
+    assert first.products == {"a": 1, "b": 1}
+    assert first.beside == {"b": {"a": 10}}
+    assert (second.at_work, second.products, second.beside) == ({"b": 7}, {}, {})
+
+
 def test_a_weight_that_something_keeps_after_its_parameter_has_left_is_still_its_components() -> None:
     marks = [mark(component="a"), mark(a=1), mark("call 1", component="b"), mark("call 1", a=HOST)]
     assert last(attribute([Event(1, 10, "", 0), Event(2, 3, "", 2)], marks, 0)) == {A: 10, Owner("b", "working"): 3}

@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import NoReturn
 
 from pytest_diffopt.accelerators.simulated.dry_runs import (
+    count_host_memory,
     dry,
+    empty_host_cache,
     host_memory_stats,
     is_dry,
     is_hollow,
@@ -47,8 +49,10 @@ __all__ = [
     "SimulatedGpu",
     "SyncRecording",
     "as_capability",
+    "count_host_memory",
     "current",
     "dry",
+    "empty_host_cache",
     "host_memory_stats",
     "is_caching_allocator",
     "is_dry",

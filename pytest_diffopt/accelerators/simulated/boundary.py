@@ -529,7 +529,7 @@ def names(properties: DeviceProperties, devices: int) -> dict[str, Any]:
         "_cuda_resetAccumulatedHostMemoryStats": lambda: None,
         "_cuda_resetPeakHostMemoryStats": lambda: _ops.reset_host_peaks(),
         "_cuda_emptyCache": lambda: _ops.empty_cache(),
-        "_host_emptyCache": lambda: None,
+        "_host_emptyCache": lambda: _ops.empty_host_cache(),
         # it asks a table of host allocators, which a build of torch for the CPU leaves empty
         "_accelerator_emptyHostCache": lambda: None,
         "_cuda_setMemoryFraction": _set_memory_fraction,

@@ -113,12 +113,23 @@ def is_hollow(tensor: torch.Tensor) -> bool:
 
 
 def host_memory_stats() -> dict[str, int]:
-    """What torch's allocators hold on the host of what they took while the device was dry, in bytes.
+    """What torch's allocators hold on the host, in bytes, of what they took while the device was dry or
+    :func:`count_host_memory` was on.
 
-    ``allocated``, ``peak_allocated``, and of it pinned: ``pinned``, ``peak_pinned``. Weights in mapped files are no
-    allocator's and not in it.
+    ``allocated``, ``peak_allocated``, and of it pinned: ``pinned``, ``peak_pinned``, each block rounded up to a power of two
+    and kept once it is freed, as CUDA's allocator for the host does. Weights in mapped files are no allocator's and not in it.
     """
     return dict(zip(("allocated", "peak_allocated", "pinned", "peak_pinned"), _ops.host_counters(), strict=True))
+
+
+def count_host_memory(on: bool) -> None:
+    """Whether what torch takes of the host is counted though the device is not dry."""
+    _ops.count_host_memory(on)
+
+
+def empty_host_cache() -> None:
+    """Give the pinned blocks back that nobody uses."""
+    _ops.empty_host_cache()
 
 
 def reset_peak_host_memory_stats() -> None:

@@ -4,6 +4,7 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
+#include <c10/util/llvmMathExtras.h>
 
 #include <algorithm>
 #include <array>
@@ -55,6 +56,7 @@ std::array<Memory, kMaxDevices>& memories() {
   return *all;
 }
 bool g_caching = false;
+std::atomic<bool> g_counts_host{false};
 
 // Stands right before each block, on the device and on the host: the same layout lets a host block change sides.
 struct Header {
@@ -64,7 +66,7 @@ struct Header {
   int64_t number;
   int32_t device;
   bool pinned;
-  bool counted;    // among what the host holds: taken while the device was dry
+  bool counted;    // among what the host holds: taken while that is counted
   bool unknown;    // on the host: something was copied into it that nobody computed
   int64_t mapped;  // pages of its own, so many bytes; else 0
   std::list<Live>::iterator live;  // of a device's block
@@ -221,14 +223,32 @@ void charge_alone(Header& header, int device, int64_t bytes) {
   }
 }
 
-// The lock is held. What the host's allocators hold, with its peak; counted while the device is dry alone, for the time
-// that it takes.
+// Of pinned blocks of each power of two: those in use, and those that the allocator holds.
+struct PinnedBlocks {
+  int64_t used = 0, held = 0;
+};
+std::array<PinnedBlocks, 64> g_pinned_blocks;
+
+// The lock is held. As CachingHostAllocator.h does: a size is rounded up to a power of two, and what is freed is kept for
+// the next block of that size. Returns what the allocator takes of the host for this.
+int64_t count_pinned(int64_t bytes, int64_t sign) {
+  const auto power = static_cast<size_t>(c10::llvm::Log2_64_Ceil(static_cast<uint64_t>(bytes)));
+  auto& blocks = g_pinned_blocks[power];
+  blocks.used += sign;
+  if (blocks.used <= blocks.held) return 0;
+  blocks.held++;
+  return int64_t(1) << power;
+}
+
+// The lock is held. What the host's allocators hold, with its peak; counted while the device is dry or somebody asks for it,
+// for the time that it takes.
 void count_host(const Header& header, int64_t sign) {
   if (!header.counted) return;
-  g_host.allocated += sign * header.requested;
+  const int64_t held = header.pinned ? count_pinned(header.requested, sign) : sign * header.requested;
+  g_host.allocated += held;
   g_host.peak_allocated = std::max(g_host.peak_allocated, g_host.allocated);
   if (!header.pinned) return;
-  g_host.pinned += sign * header.requested;
+  g_host.pinned += held;
   g_host.peak_pinned = std::max(g_host.peak_pinned, g_host.pinned);
 }
 
@@ -262,7 +282,7 @@ void release(void* data) {
 }
 
 Header charged_header(size_t bytes, int device, bool pinned) {
-  Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost, pinned, dry(), false, 0};
+  Header header{static_cast<int64_t>(bytes), 0, nullptr, g_next_number++, kHost, pinned, dry() || g_counts_host, false, 0};
   if (device == kHost && !header.counted) return header;
   if (device == kHost) {
     std::lock_guard<std::mutex> held(lock());
@@ -588,6 +608,19 @@ Counters counters(int device) {
 HostCounters host_counters() {
   std::lock_guard<std::mutex> held(lock());
   return g_host;
+}
+
+void count_host_memory(bool on) { g_counts_host = on; }
+
+void empty_host_cache() {
+  std::lock_guard<std::mutex> held(lock());
+  for (size_t power = 0; power < g_pinned_blocks.size(); power++) {
+    auto& blocks = g_pinned_blocks[power];
+    const int64_t freed = (blocks.held - blocks.used) << power;
+    g_host.allocated -= freed;
+    g_host.pinned -= freed;
+    blocks.held = blocks.used;
+  }
 }
 
 void reset_host_peaks() {

@@ -96,6 +96,8 @@ void count_kernel(int device);
 Counters counters(int device);
 HostCounters host_counters();
 void reset_host_peaks();
+void empty_host_cache();
+void count_host_memory(bool on);
 void reset_peaks(int device);
 void reset_counts(int device);
 void empty_cache();

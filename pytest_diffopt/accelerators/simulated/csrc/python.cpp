@@ -87,6 +87,8 @@ TORCH_LIBRARY(pytest_diffopt_sim, library) {
     return {c.allocated, c.peak_allocated, c.pinned, c.peak_pinned};
   });
   m.def("reset_host_peaks", []() { reset_host_peaks(); });
+  m.def("count_host_memory", [](bool on) { count_host_memory(on); });
+  m.def("empty_host_cache", []() { empty_host_cache(); });
   m.def("use_workspace", [](int64_t device, int64_t low, int64_t expected, int64_t high) {
     use_workspace(resolve_device(device), {low, expected, high});
   });
