@@ -81,7 +81,7 @@ def judge(given: Evidence) -> Verdict:
         f"compiled code ran in all {counted(runs, 'call')} of {names} "
         f"({counted(graphs, 'graph')}, {counted(operations, 'operation')})"
         + (f", and a cache answered {reused} more" if reused else "")
-        + "".join(f"; {one}" for one in (*alike, *_refused(given, targets))),
+        + "".join(f"; {one}" for one in (*alike, *_refused(given, targets), *_without_graphs(given))),
         **figures,
     )
 
@@ -264,6 +264,22 @@ def _refused(given: Evidence, targets: list[_Target]) -> list[str]:
         for target in targets
         if target.by_blocks and (record := given.component(target.owner)) is not None and record.names_no_blocks
     ]
+
+
+_RECORD_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def _without_graphs(given: Evidence) -> list[str]:
+    """Modes that record CUDA graphs on a GPU, where nothing records them."""
+    if given.observation.accelerator not in ("sim", "cpu"):
+        return []
+    asked = [
+        f"mode = {one.mode}" if one.mode in _RECORD_GRAPHS else "triton.cudagraphs"
+        for one in given.recipe.compilation
+        if one.backend == "inductor"
+        and (one.mode in _RECORD_GRAPHS or dict(one.options or {}).get("triton.cudagraphs"))
+    ]
+    return [f"no CUDA graph ran, which {one} records on a GPU" for one in dict.fromkeys(asked)]
 
 
 def _unnumbered(name: str) -> str:

@@ -383,7 +383,8 @@ def _overwritten(own: Observation, reference: Observation) -> str:
     reused = {o.key for o in reference.outputs if o.overwritten}  # a model may return a buffer of its own
     for output in own.outputs:
         if output.overwritten and output.key not in reused:
-            return f"{describe(output)} was overwritten by a later call: clone it, or do not reuse its buffer"
+            later = "run" if output.component else "call"
+            return f"{describe(output)} was overwritten by a later {later}: clone it, or do not reuse its buffer"
     return ""
 
 

@@ -59,6 +59,7 @@ def judge(given: Evidence) -> Verdict:
         elif layer.format and (layer.component not in meant or _is_skipped(given, layer)):
             where = "named in skip_modules" if layer.component in meant else "not among the components meant"
             problems.append(f"{layer.component}.{layer.path} is quantized, though {where}")
+            evidence += [hint for hint in _whole_path(given, layer) if hint not in evidence]
     for layer in given.observation.layers_after:
         if layer.component in meant:
             now = f"in {layer.format}" if layer.format else f"a plain {layer.kind.rpartition('.')[2]} in {layer.dtype}"
@@ -83,9 +84,24 @@ def judge(given: Evidence) -> Verdict:
     return given.passed(
         NAME,
         f"{counted(len(quantized_layers), 'layer')} of {', '.join(meant)} in {_formats(quantized_layers)}, "
-        f"{figures['bits_per_weight']} bits a weight",
+        f"{figures['bits_per_weight']} bits a weight" + "".join(_exclusions_lost(given, quantized_layers)),
         evidence=shortened([f"left plain, as the recipe or the library says: {_where(layer)}" for layer in plain]),
         **figures,
+    )
+
+
+def _exclusions_lost(given: Evidence, quantized: list[Layer]) -> list[str]:
+    """What a list of the recipe's own took out of the library's."""
+    lost = [
+        f"{layer.component}.{layer.path}"
+        for layer in quantized
+        if (record := given.component(layer.component)) is not None and layer.path in record.own_exclusions
+    ]
+    names = ", ".join(lost)
+    return (
+        [f"; the skip list replaces transformers' own, so {names} {'is' if len(lost) == 1 else 'are'} too"]
+        if lost
+        else []
     )
 
 
@@ -105,6 +121,19 @@ def _is_skipped(given: Evidence, layer: Layer) -> bool:
     if quantization is None:
         return False
     return any(is_named(layer.path, skip) for skip in BACKENDS[quantization.backend].named_out(quantization))
+
+
+def _whole_path(given: Evidence, layer: Layer) -> list[str]:
+    """What to write in a skip list whose entry transformers takes for the beginning or the end of a path, and is neither."""
+    quantization, record = given.recipe.quantization_for(layer.component), given.component(layer.component)
+    if quantization is None or record is None or not record.kind.startswith("transformers."):
+        return []
+    parts = layer.path.split(".")
+    return [
+        f"transformers compares the beginning of a path: write {'.'.join(parts[: parts.index(skip) + 1])!r}, not {skip!r}"
+        for skip in BACKENDS[quantization.backend].named_out(quantization)
+        if skip in parts[1:-1]
+    ]
 
 
 def _is_kept_plain(given: Evidence, layer: Layer) -> bool:

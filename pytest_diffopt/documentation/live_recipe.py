@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import RecipeError
 from pytest_diffopt.preparation import attention, caching, compilation, media, offloading, quantization
-from pytest_diffopt.recipe import Caching, Call, Compilation, Quantization, Recipe
+from pytest_diffopt.recipe import Caching, Call, Compilation, Offloading, Quantization, Recipe
 from pytest_diffopt.replicas import registry
 
 if TYPE_CHECKING:
@@ -258,10 +258,17 @@ def _offloading(pipeline: Any, components: Mapping[str, torch.nn.Module], readin
     everything = set(hooked) >= set(components) - excluded and len(kinds) == 1
     chosen = hooked.get("transformer") or hooked.get("unet") or kinds[0]  # the denoiser's is what the recipe is about
     names = [name for name, one in hooked.items() if one == chosen]
-    reading.beside += [
-        f"{name} is offloaded in another way ({one.strategy})" for name, one in hooked.items() if one != chosen
-    ]
+    ways = {name: _way(one, chosen) for name, one in hooked.items()}
+    reading.beside += [f"{name} is offloaded in another way ({way})" for name, way in ways.items() if way]
     reading.fields["offloading"] = chosen if everything else dataclasses.replace(chosen, components=tuple(names))
+
+
+def _way(one: Offloading, chosen: Offloading) -> str:
+    """What of it differs, in a few words; empty where nothing does."""
+    if one.strategy != chosen.strategy:
+        return str(one.strategy)
+    given, usual = one.given(), chosen.given()
+    return ", ".join(f"{key} = {given.get(key)}" for key in {**given, **usual} if given.get(key) != usual.get(key))
 
 
 def _autoencoder(components: Mapping[str, torch.nn.Module], reading: _Reading) -> None:

@@ -97,6 +97,7 @@ class MemoryWatch:
         """The pipeline is prepared; these are its components."""
         if self.counts:
             self._load_peak = self._peak.bytes() or 0
+            kept_tables.look()  # of what was imported to prepare it
             self._loaded = self._settled() or 0
             self._load_host_peak = self._host(components, 0)[1]
             resident = {name: self._resident(module)[0] for name, module in components.items()}

@@ -589,6 +589,7 @@ class ComponentRecord:
         stays_until: the component whose run sends it away, by the chain of a class of diffusers; empty where it stays until
             the call ends, None where no such class offloads it.
         buffer_bytes: of its buffers.
+        own_exclusions: modules that its library keeps out of quantization where the recipe gives no list.
         names_no_blocks: it is a model of diffusers whose ``compile_repeated_blocks()`` refuses, as it names no blocks.
         types_of_file: path of a Linear layer → its weight's type in the ``.gguf`` file that it was loaded from.
         shared_bytes: of its parameters, those that a component before it holds too.
@@ -606,6 +607,7 @@ class ComponentRecord:
     kept_resident: bool = False
     stays_until: str | None = None
     names_no_blocks: bool = False
+    own_exclusions: tuple[str, ...] = ()
     buffer_bytes: int = 0
     shared_bytes: int = 0
     types_of_file: dict[str, str] = field(default_factory=dict)

@@ -47,7 +47,15 @@ from pytest_diffopt.observation.probes import (
     widen,
 )
 from pytest_diffopt.observation.syncs import SyncWatch
-from pytest_diffopt.preparation import attention, caching, compilation, dynamo, kept_tables, uninitialized_memory
+from pytest_diffopt.preparation import (
+    attention,
+    caching,
+    compilation,
+    dynamo,
+    kept_tables,
+    quantization,
+    uninitialized_memory,
+)
 from pytest_diffopt.preparation import borrowed_state as state
 from pytest_diffopt.preparation.pipeline import MODEL, Prepared, prepare
 from pytest_diffopt.quantization_backends.backend import bytes_of
@@ -429,6 +437,7 @@ class Run:
                     siblings_not_compiled=compilation.siblings_not_compiled(module),
                     disabled=compilation.disabled_paths(module),
                     kept_plain=prepared.kept_plain.get(name, ()),
+                    own_exclusions=quantization.own_exclusions(root),
                     kept_float32=prepared.kept_float32.get(name, ()),
                     kept_resident=name in prepared.offloaded.kept_resident,
                     buffer_bytes=sum(bytes_of(buffer) for buffer in root.buffers()),

@@ -6,6 +6,7 @@ writes into differs from its copy by then.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class _Kept:
     """A tensor as it was when it came out, and the tensor itself.
 
     Attributes:
-        overwritten: found when the tensor itself was let go.
+        overwritten: by a later call, found when the tensor itself was let go; or by a later run of the same component.
     """
 
     call: int
@@ -83,6 +84,7 @@ class OutputRecorder:
         self.call = 0
         self._steps: dict[tuple[int, str], int] = {}
         self._kept: list[_Kept] = []
+        self._returned: dict[str, list[tuple[weakref.ref[torch.Tensor], _Kept]]] = {}
 
     def record(self, component: str, value: Any, *, hold: bool = False) -> None:
         """Write down a result of a component; ``""`` for the pipeline itself."""
@@ -97,7 +99,22 @@ class OutputRecorder:
                 if tensor.layout != torch.strided:
                     tensor = tensor.to_dense()
                 copy = tensor.detach().to("cpu", copy=True)
-                self._kept.append(_Kept(self.call, component, step, leaf, copy, tensor if hold else copy))
+                kept = _Kept(self.call, component, step, leaf, copy, tensor if hold else copy)
+                self._kept.append(kept)
+                if not hold:
+                    self._note_reuse(tensor, kept)
+
+    def _note_reuse(self, tensor: torch.Tensor, kept: _Kept) -> None:
+        """Whether what an earlier run of the component returned, and somebody still holds, lies in the same memory and was
+        overwritten by this run, as a replayed CUDA graph does."""
+        block = tensor.untyped_storage().data_ptr()
+        alive = [(held, earlier) for held, earlier in self._returned.get(kept.component, ()) if held() is not None]
+        for held, earlier in alive:
+            one = held()
+            if one is not None and block and one.untyped_storage().data_ptr() == block and not earlier.overwritten:
+                other_run = (earlier.call, earlier.step) != (kept.call, kept.step)
+                earlier.overwritten = other_run and _differ(earlier.copy, one)
+        self._returned[kept.component] = [*alive, (weakref.ref(tensor), kept)]
 
     def held_bytes(self, kind: str, also: Any = None) -> int:
         """Bytes of the results that are held on devices of a kind; storages that results share count once.
@@ -122,7 +139,7 @@ class OutputRecorder:
     def let_go(self) -> None:
         """Hold no tensors but copies from here on; what was overwritten by now is written down."""
         for kept in self._kept:
-            kept.overwritten = _differs(kept)
+            kept.overwritten = kept.overwritten or _differs(kept)
             kept.original = kept.copy
 
     def outputs(self) -> tuple[Output, ...]:
@@ -145,12 +162,14 @@ def _bare(tensor: torch.Tensor) -> torch.Tensor:
 
 def _differs(kept: _Kept) -> bool:
     """Whether the tensor itself, where it is held, is another by now than when it came out."""
+    return kept.original is not kept.copy and _differ(kept.copy, kept.original)
+
+
+def _differ(copy: torch.Tensor, tensor: torch.Tensor) -> bool:
     import torch
 
-    if kept.original is kept.copy:
-        return False
-    now = kept.original.detach().to("cpu")
-    return now.shape != kept.copy.shape or not torch.equal(torch.nan_to_num(now), torch.nan_to_num(kept.copy))
+    now = tensor.detach().to("cpu")
+    return now.shape != copy.shape or not torch.equal(torch.nan_to_num(now), torch.nan_to_num(copy))
 
 
 def _output(kept: _Kept) -> Output:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -32,13 +33,34 @@ def made_anew() -> Iterator[None]:
         yield
 
 
+_LIBRARIES = ("diffusers.", "transformers.")
+
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Caches of functions. Once they are frozen for the garbage collector, nobody else can list them."""
+"""Caches of functions. Once they are frozen for the garbage collector, it does not list them any more."""
+
+_read: set[str] = set()
+"""Modules of the libraries whose caches are found."""
 
 
 def look() -> None:
     """Find the caches of functions that are there by now."""
     _seen.update([found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper])
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_LIBRARIES) and name not in _read:
+            _read.add(name)
+            held = list(vars(module).values())
+            held += [one for kind in held if isinstance(kind, type) for one in list(vars(kind).values())]
+            _seen.update(cache for one in held for cache in _caches_of(one))
+
+
+def _caches_of(function: Any) -> Iterator[Any]:
+    """The cache that a function is, or that stands inside of a decorator."""
+    if type(function) is functools._lru_cache_wrapper:
+        yield function
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            if type(cell.cell_contents) is functools._lru_cache_wrapper:
+                yield cell.cell_contents
 
 
 def forget(kind: str) -> None:
@@ -47,9 +69,6 @@ def forget(kind: str) -> None:
     for found in list(_seen):
         if any(_on(kind, held) for held in gc.get_referents(found)):
             found.cache_clear()
-
-
-_LIBRARIES = ("diffusers.", "transformers.")
 
 
 def held_bytes(kind: str) -> int:

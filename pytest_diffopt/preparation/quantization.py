@@ -226,6 +226,17 @@ def kept_plain(component: torch.nn.Module, quantization: Quantization | None = N
     return tuple(names)
 
 
+def own_exclusions(component: Any) -> tuple[str, ...]:
+    """Modules that transformers keeps out of quantization in this model, unless it is given a list of its own."""
+    if getattr(component, "hf_quantizer", None) is None or not hasattr(component, "get_output_embeddings"):
+        return ()
+    try:
+        from transformers.quantizers.base import get_keys_to_not_convert
+    except ImportError:  # before transformers 5 it stood with each library
+        return ()
+    return tuple(sorted(get_keys_to_not_convert(component)))
+
+
 def note_types_of_file(component: Any, file: str) -> None:
     """Keep with a component which types the ``.gguf`` file, on this machine, that it was loaded from has for its layers."""
     from pytest_diffopt.quantization_backends import gguf

@@ -122,6 +122,16 @@ def test_torchs_own_modules_are_compiled_too(judge: Judge, factory: Callable[[],
     assert_all_pass(judge(factory, call=call, fullgraph=True))
 
 
+def test_a_mode_that_records_graphs_says_that_none_ran(judge: Judge) -> None:
+    def sentence(**compilation: Any) -> str:
+        verdict = judge(Healthy, backend="inductor", **compilation)["engagement"]
+        assert verdict.status == "passed"
+        return verdict.sentence
+
+    assert "no CUDA graph ran, which mode = reduce-overhead records on a GPU" in sentence(mode="reduce-overhead")
+    assert "CUDA graph" not in sentence()
+
+
 def test_a_healthy_model_passes(judge: Judge) -> None:
     verdicts = judge(Healthy, fullgraph=True)
     assert_all_pass(verdicts)

@@ -200,6 +200,43 @@ def test_an_output_whose_buffer_the_next_call_overwrites_is_found(judge: Judge) 
     assert "was overwritten by a later call" in verdict.sentence
 
 
+class EncodesTwice(TwoPart):
+    """Holds what its encoder made of the prompt while it encodes another."""
+
+    def __call__(self, prompt: str, num_inference_steps: int = 3) -> dict[str, torch.Tensor]:
+        wanted, unwanted = self.embed(prompt), self.embed("rain")
+        x = 2 * wanted - unwanted
+        for _ in range(num_inference_steps):
+            x = x + 0.1 * self.denoise(x)
+        return {"images": x}
+
+
+class KeepsABuffer(Healthy):
+    """Writes each result into a buffer of its own, eager too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("out", torch.zeros(4, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out.copy_(super().forward(x))  # type: ignore[operator, no-any-return]
+
+
+def test_an_output_that_the_next_run_of_its_component_overwrites_is_named(judge: Judge) -> None:
+    call = Call()
+
+    def of(encoder: type[nn.Module], backend: Any) -> Any:
+        made = lambda: EncodesTwice(encoder(), Healthy())  # noqa: E731
+        return judge(made, component="encoder", call=call, backend=backend)["parity"]
+
+    verdict = of(Healthy, reusing_backend)
+    assert verdict.status == "failed"
+    assert "encoder, step 0 of call 0" in verdict.sentence
+    assert "was overwritten by a later run" in verdict.sentence
+    assert of(Healthy, "eager").status == "passed"
+    assert "overwritten" not in of(KeepsABuffer, "eager").text  # as the eager model does
+
+
 class UpdatesItsArgument(nn.Module):
     """Keeps what it saw in a dict that the caller gave."""
 

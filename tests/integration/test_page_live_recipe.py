@@ -99,7 +99,9 @@ def test_group_offloading_is_read_off_its_settings(pipeline: Any) -> None:
     )
     assert live_recipe.described(found.recipe) == "group offloading (block_level)"
     pipeline.vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert read(pipeline).beside == ("vae is offloaded in another way (group)",)
+    assert read(pipeline).beside == (
+        "vae is offloaded in another way (offload_type = leaf_level, num_blocks_per_group = None)",
+    )
 
 
 def test_a_device_map_is_no_offloading(pipeline: Any) -> None:

@@ -416,3 +416,76 @@ def test_without_a_compiler_the_simulated_device_leaves_all_unverified(
     result.stdout.fnmatch_lines(
         ["*The simulated accelerator is built on first use and needs a C++20 compiler; CXX is*"]
     )
+
+
+GARBAGE = """
+import gc
+
+import torch
+from pytest_diffopt import max_memory, requires_gpu
+from torch import nn
+
+BYTES = 512 * 512 * 4
+
+
+class Pipe:
+    def __init__(self, device):
+        self.encoder = nn.Linear(512, 512, device=device)
+        self.me = self  # as pipelines and their hooks have it: a cycle
+
+
+def leaves_garbage(accelerator):
+    pipe = Pipe(accelerator.device)
+    gc.collect()  # it is old by now, as a pipeline that was loaded is
+    assert pipe
+
+
+@requires_gpu(simulated=True)
+def test_one(accelerator):
+    leaves_garbage(accelerator)
+
+
+@requires_gpu(simulated=True)
+def test_held_memory_fails(accelerator, memory_watch):
+    pipe = Pipe(accelerator.device)
+    cache = [pipe.encoder]
+    full = memory_watch.live_bytes
+    pipe.encoder = None
+    gc.collect()
+    assert full - memory_watch.live_bytes >= BYTES, cache
+
+
+@requires_gpu(simulated=True)
+def test_another(accelerator):
+    leaves_garbage(accelerator)
+
+
+@requires_gpu(simulated=True)
+def test_freed_memory_passes(accelerator, memory_watch):
+    pipe = Pipe(accelerator.device)
+    full = memory_watch.live_bytes
+    pipe.encoder = None
+    gc.collect()
+    assert full - memory_watch.live_bytes >= BYTES
+
+
+@requires_gpu(simulated=True)
+def test_a_third(accelerator):
+    leaves_garbage(accelerator)
+
+
+@requires_gpu(simulated=True)
+@max_memory("1.5MiB")
+def test_a_limit_passes(accelerator):
+    nn.Linear(512, 512, device=accelerator.device)
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_earlier_tests_left_is_none_of_the_next_ones_memory(
+    run_pytest: RunPytest, pytester: pytest.Pytester, alone: bool
+) -> None:
+    pytester.makepyfile(test_garbage=GARBAGE)
+    result = run_pytest("-p", "no:cacheprovider", "-rA", *(["-k", "passes or fails"] if alone else []))
+    assert result.parseoutcomes().get("failed") == 1, result.stdout.str()
+    result.stdout.fnmatch_lines(["FAILED test_garbage.py::test_held_memory_fails*"])

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers.models.attention_dispatch  # noqa: F401  its import sets a global that the snapshots compare
 import pytest
 
-from pytest_diffopt import Call, Compilation, Offloading, Quantization, Recipe, Verdict
+from pytest_diffopt import Call, Compilation, Offloading, Quantization, Recipe, Verdict, check
 from pytest_diffopt.accelerators import select
 from pytest_diffopt.checks.session import Session
 from pytest_diffopt.preparation.pipeline import prepared
@@ -185,3 +185,26 @@ def test_a_module_that_was_dequantized_is_not_quantized() -> None:
         transformer: Any = live.components["transformer"]
         transformer.dequantize()
         assert quantization_of(transformer) is None
+
+
+# Names in a skip list: transformers compares the beginning of a path, and leaves out what it would have kept itself.
+
+
+@pytest.mark.parametrize(
+    ("skips", "status", "said"),
+    [
+        ([], "passed", "layers of text_encoder in nf4"),
+        (["model.visual"], "passed", "the skip list replaces transformers' own, so text_encoder.lm_head is too"),
+        (["visual"], "failed", "transformers compares the beginning of a path: write 'model.visual', not 'visual'"),
+    ],
+)
+def test_a_skip_list_of_a_text_encoder(skips: list[str], status: str, said: str) -> None:
+    kwargs = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": skips} if skips else {"bnb_4bit_quant_type": "nf4"}
+    quantization = Quantization("bitsandbytes_4bit", ["text_encoder"], kwargs)
+    recipe = Recipe(
+        "qwen", "tiny-qwen-image", dtype="bfloat16", call=Call(num_inference_steps=2), quantization=quantization
+    )
+    verdict = next(one for one in check(recipe) if one.check == "quantization")
+    assert verdict.status == status
+    assert said in verdict.text
+    assert ("lm_head" in verdict.sentence) == (skips == ["model.visual"])

@@ -396,3 +396,21 @@ def test_a_repository_of_one_component_is_one_familys() -> None:
         other = Family(**{**vars(family()), "name": "tiny-yours", "component_repositories": (), **taken})
         with pytest.raises(ReplicaError, match=r"tiny-yours: 'o/(vae|VAE)' is taken by the replica family tiny-mine\."):
             own.register(other)
+
+
+def test_a_model_that_names_no_blocks_is_compiled_by_its_lists_and_that_is_said() -> None:
+    """diffusers' own ``compile_repeated_blocks()`` raises for it."""
+    from pytest_diffopt import Call, Compilation, Recipe, check
+
+    def engagement(name: str) -> Any:
+        compilation = Compilation("transformer", scope="repeated_blocks", backend="eager")
+        recipe = Recipe("blocks", name, compilation=compilation, call=Call(num_inference_steps=2))
+        return next(one for one in check(recipe) if one.check == "engagement")
+
+    pipeline = import_module("diffusers").DiffusionPipeline.from_pretrained(resolve("tiny-cogvideox").path_or_id)
+    with pytest.raises(ValueError, match="_repeated_blocks"):
+        pipeline.transformer.compile_repeated_blocks(backend="eager")
+    verdict = engagement("tiny-cogvideox")
+    assert verdict.status == "passed"
+    assert "diffusers' compile_repeated_blocks() refuses CogVideoXTransformer3DModel" in verdict.sentence
+    assert "refuses" not in engagement("tiny-flux").sentence
