@@ -257,6 +257,21 @@ def test_an_import_alone_changes_nothing(run_alone: Callable[[str], str]) -> Non
     assert run_alone(code) == f"True\nFalse 0 cpu {torch.version.cuda}\n{builds} True\n[]\n"
 
 
+def test_the_tables_of_bitsandbytes_go_with_the_gpu(run_alone: Callable[[str], str]) -> None:
+    program = """
+import bitsandbytes as bnb, torch
+from pytest_diffopt.accelerators.simulated import simulated_cuda
+
+def quantize(device):
+    return bnb.functional.quantize_4bit(torch.ones(4096, device=device), quant_type="nf4", compress_statistics=True)[0]
+
+with simulated_cuda("rtx-4090"):
+    inside = quantize("cuda").cpu()
+print(torch.equal(inside, quantize("cpu")))
+"""
+    assert run_alone(program).split()[-1] == "True"
+
+
 def test_torch_says_after_it_what_it_says_in_a_fresh_process(run_alone: Callable[[str], str]) -> None:
     use = """
         with simulated_cuda():

@@ -39,6 +39,17 @@ def _forget_shared_state(state: Any, borrowed: contextlib.ExitStack) -> None:
             shared.clear()
 
 
+def _keeping(name: str) -> Action:
+    """A dictionary of tensors: what was put into it on the GPU goes with the GPU."""
+
+    def keep_table(module: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
+        table = getattr(module, name, None)
+        if isinstance(table, dict):
+            keep(table, borrowed)
+
+    return keep_table
+
+
 def _know_the_device_map(pipeline_utils: types.ModuleType, borrowed: contextlib.ExitStack) -> None:
     """``DiffusionPipeline.from_pretrained(device_map="cuda")``: its list was made when the module was imported."""
     names = getattr(pipeline_utils, "SUPPORTED_DEVICE_MAP", None)
@@ -65,6 +76,9 @@ AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 ACTIONS: dict[str, Action] = {
     "accelerate.state": _forget_shared_state,
     "accelerate.utils.environment": _forgetting("check_cuda_fp8_capability"),
+    "bitsandbytes.backends.default.ops": _forgetting("_get_4bit_quantize_bounds"),
+    "bitsandbytes.backends.utils": _keeping("_code_4bit_cache"),
+    "bitsandbytes.functional": _keeping("name2qmap"),
     "diffusers.pipelines.pipeline_utils": _know_the_device_map,
     "diffusers.utils.torch_utils": _forgetting("TorchDeviceBackend._detect_device_type", "get_device"),
     "torch._dynamo.variables.user_defined": _forgetting("UserDefinedClassVariable._in_graph_classes"),
