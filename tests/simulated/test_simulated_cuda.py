@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,30 @@ def test_an_import_alone_changes_nothing(run_alone: Callable[[str], str]) -> Non
         """
     builds = f"{torch.backends.cuda.is_built()}"
     assert run_alone(code) == f"True\nFalse 0 cpu {torch.version.cuda}\n{builds} True\n[]\n"
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="nobody else says what the host has left")
+def test_a_gpu_that_is_larger_than_the_host_is_out_of_memory_before_the_host_is(
+    run_alone: Callable[[str], str],
+) -> None:
+    program = """
+import torch
+from pytest_diffopt.accelerators.simulated import simulated_cuda
+
+lines = dict(line.split(":") for line in open("/proc/meminfo"))
+total = int(lines["MemTotal"].split()[0]) * 1024
+with simulated_cuda("b200", memory=8 * total):
+    try:
+        torch.empty(2 * total, dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError as error:
+        print(str(error).splitlines()[0])
+    torch.cuda.empty_cache()
+    print(torch.ones(3, device="cuda").sum().item(), torch.cuda.memory_allocated())
+"""
+    said, rest = run_alone(program).splitlines()[-2:]
+    assert said.startswith("CUDA out of memory. Tried to allocate ")
+    assert "is simulated: its memory lies on the host, which has " in said
+    assert rest == "3.0 0"
 
 
 def test_the_tables_of_bitsandbytes_go_with_the_gpu(run_alone: Callable[[str], str]) -> None:

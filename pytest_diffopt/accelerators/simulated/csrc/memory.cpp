@@ -9,11 +9,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <list>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include <sys/mman.h>
@@ -350,6 +353,42 @@ c10::Device on_device(int device) { return c10::Device(kSim, static_cast<c10::De
 // The header of a block of ours, whether it is hollow or not; else null.
 Header* known_header(const c10::DataPtr& data);
 
+int64_t number_in(const char* file, const char* before) {
+  std::ifstream lines(file);
+  std::string word;
+  while (lines >> word) {
+    if (*before && word != before) continue;
+    if (*before && !(lines >> word)) break;
+    return std::isdigit(static_cast<unsigned char>(word[0])) ? std::stoll(word) : -1;  // cgroups write "max"
+  }
+  return -1;
+}
+
+// What the host can still give, in bytes, by the system and by the group that the process is in; -1 where nobody says.
+int64_t available_on_the_host() {
+  const int64_t system = number_in("/proc/meminfo", "MemAvailable:");
+  int64_t available = system < 0 ? -1 : system * 1024;
+  const int64_t limit = number_in("/sys/fs/cgroup/memory.max", ""), used = number_in("/sys/fs/cgroup/memory.current", "");
+  if (limit >= 0 && used >= 0) {
+    const int64_t cached = std::max<int64_t>(number_in("/sys/fs/cgroup/memory.stat", "inactive_file"), 0);
+    const int64_t left = limit - used + cached;
+    available = available < 0 ? left : std::min(available, left);
+  }
+  return available;
+}
+
+// A device that is larger than the host: without this the system ends the process once the memory is written to.
+void check_the_host_has(int64_t bytes, int device) {
+  constexpr int64_t kAsked = int64_t(64) << 20;  // below that it costs more than it tells
+  if (bytes < kAsked) return;
+  const int64_t available = available_on_the_host();
+  if (available < 0 || bytes < available) return;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", in_units(bytes), ". GPU ", device,
+      " is simulated: its memory lies on the host, which has ", in_units(available),
+      " left. A forecast needs no memory: diffopt forecast.");
+}
+
 // A DeviceAllocator, not an Allocator: torch.accelerator's memory functions ask for one.
 struct DeviceMemory final : c10::DeviceAllocator {
   c10::DataPtr allocate(size_t bytes) override {
@@ -362,6 +401,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
     const c10::Device device(kSim, static_cast<c10::DeviceIndex>(index));
     if (bytes == 0) return {nullptr, nullptr, &release, device};
     if (dry_size(bytes)) return take_hollow(bytes, index);
+    if (!dry()) check_the_host_has(static_cast<int64_t>(bytes), index);
     void* data = take(bytes, index);
     return {data, data, &release, device};
   }
