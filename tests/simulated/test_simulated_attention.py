@@ -173,3 +173,17 @@ def test_a_kernel_refuses_tensors_of_two_devices() -> None:
         mask = torch.ones(9, 9, device="cuda:1") > 0
         with pytest.raises(RuntimeError, match=r"found at least two devices, cuda:0 and cuda:1"):
             F.scaled_dot_product_attention(x.cuda(), x.cuda(), x.cuda(), attn_mask=mask)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_a_result_has_the_strides_that_compiled_code_expects(kernel: str, heads_first: bool) -> None:
+    """Of a query that was put together by heads, as joint attention does, and of one that was split from a projection."""
+    more: dict[str, Any] = {} if kernel == "flash" else {"attn_bias": None, "compute_log_sumexp": True}
+    with simulated_cuda(H100):
+        shape = (2, 3, 5, 64) if heads_first else (2, 5, 3, 64)
+        query = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+        query = query if heads_first else query.transpose(1, 2)
+        run = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+        expected = run(*(query.to("meta") for _ in range(3)), **more)[0]
+        assert run(query, query, query, **more)[0].stride() == expected.stride()

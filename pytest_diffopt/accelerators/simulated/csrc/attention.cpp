@@ -8,6 +8,8 @@
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
@@ -237,14 +239,22 @@ void check_together(const Tensor& query, std::initializer_list<MaybeTensor> othe
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
 
+// In the strides of a new tensor like the query.
+Tensor as_the_query(const Tensor& output, const Tensor& query) {
+  if (output.sizes() != query.sizes()) return output;
+  const Tensor like = at::empty_like(query, query.options().device(at::kMeta));
+  if (like.strides() == output.strides()) return output;
+  return at::empty_strided(output.sizes(), like.strides(), output.options()).copy_(output);
+}
+
 std::pair<Tensor, Tensor> attend(
     const Kernel& kernel, Aliases& aliases, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& mask, double dropout, bool causal, std::optional<double> scale) {
+    const MaybeTensor& mask, double dropout, bool causal, std::optional<double> scale, bool like_query) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       dropout == 0.0, "The simulated GPU has no fused attention with dropout; scaled_dot_product_attention takes the steps.");
   check_together(query, {key, value, mask});
   auto [output, sums] = Call(aliases, query, key, value, mask, causal, scale).forward();
-  const Tensor result = aliases.device(output);
+  const Tensor result = aliases.device(like_query ? as_the_query(output, query) : output);
   kernel.charge(result, query, key, value, dropout, causal, mask, scale);
   return {result, sums};
 }
@@ -254,7 +264,7 @@ Nine flash(
     std::optional<double> scale) {
   Kernel kernel(
       "aten::_scaled_dot_product_flash_attention", query, any_is_hollow({query, key, value}));
-  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, std::nullopt, dropout, causal, scale);
+  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, std::nullopt, dropout, causal, scale, true);
   return {
       output, kernel.aliases.device(sums), Tensor(), Tensor(), query.sym_size(2), key.sym_size(2),
       kernel.empty({2}, at::kUInt64).zero_(), kernel.empty({0}, at::kUInt64), kernel.empty({0}, query.scalar_type())};
@@ -299,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient(
     bool causal, std::optional<double> scale) {
   Kernel kernel(
       "aten::_scaled_dot_product_efficient_attention", query, any_is_hollow({query, key, value, mask}));
-  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, mask, dropout, causal, scale);
+  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, mask, dropout, causal, scale, false);
   const int64_t length = query.size(2);
   // rows of it begin at multiples of 32
   Tensor kept = with_sums
@@ -328,7 +338,7 @@ Nine cudnn(
     double dropout, bool causal, bool /*debug*/, std::optional<double> scale) {
   Kernel kernel(
       "aten::_scaled_dot_product_cudnn_attention", query, any_is_hollow({query, key, value, mask}));
-  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, mask, dropout, causal, scale);
+  auto [output, sums] = attend(kernel, kernel.aliases, query, key, value, mask, dropout, causal, scale, true);
   return {
       output, kernel.aliases.device(sums), Tensor(), Tensor(), query.sym_size(2), key.sym_size(2),
       at::empty({}, at::TensorOptions(at::kLong)), at::empty({}, at::TensorOptions(at::kLong)), Tensor()};
