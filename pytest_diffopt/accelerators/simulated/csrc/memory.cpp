@@ -380,9 +380,13 @@ int64_t available_on_the_host() {
 // A device that is larger than the host: without this the system ends the process once the memory is written to.
 void check_the_host_has(int64_t bytes, int device) {
   constexpr int64_t kAsked = int64_t(64) << 20;  // below that it costs more than it tells
-  if (bytes < kAsked) return;
+  if (bytes < kAsked || bytes > capacity(device) - counters(device).reserved) return;  // the GPU itself has no room
   const int64_t available = available_on_the_host();
   if (available < 0 || bytes < available) return;
+  {
+    std::lock_guard<std::mutex> held(lock());
+    memories()[device].counters.out_of_memory++;
+  }
   TORCH_CHECK_WITH(
       OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", in_units(bytes), ". GPU ", device,
       " is simulated: its memory lies on the host, which has ", in_units(available),
