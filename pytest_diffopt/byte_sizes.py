@@ -1,11 +1,16 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes, as people write and read them, and as tensors take them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 from pytest_diffopt.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -42,3 +47,15 @@ def human(count: int) -> str:
     """Bytes for a person: ``"9.45 MiB"``."""
     unit, name = unit_of(count)
     return f"{count} B" if unit == 1 else f"{count / unit:.2f} {name}"
+
+
+def bytes_on(kind: str, tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory of tensors on devices of a kind, e.g. ``"cuda"``; what they share counts once."""
+    import torch
+
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type == kind and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

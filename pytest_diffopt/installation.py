@@ -214,15 +214,12 @@ def _media_mistakes(call: Call) -> Iterator[Mistake]:
     """Strings for pictures and videos that stand for none, and names of functions that are not there."""
     from pytest_diffopt.preparation import media
 
-    for name, value in call.kwargs.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            location = ("call", "kwargs", name)
-            if not isinstance(one, str) or media.is_text(name):
-                continue
-            if is_reference(one):
-                yield from _reference_mistakes(location, one, resolve)
-            elif allowed := media.refused(name, one):
-                yield Mistake(location, repr(one), allowed)
+    for name, one in media.strings_in(call.kwargs):
+        location = ("call", "kwargs", name)
+        if is_reference(one):
+            yield from _reference_mistakes(location, one, resolve)
+        elif allowed := media.refused(name, one):
+            yield Mistake(location, repr(one), allowed)
 
 
 def _dynamo_mistakes(settings: Mapping[str, DynamoValue]) -> Iterator[Mistake]:

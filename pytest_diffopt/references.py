@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pytest_diffopt.errors import DiffoptError
@@ -47,3 +48,13 @@ def resolve_callable(reference: str) -> Callable[..., Any]:
         holder = reference.replace(":", ".", 1)
         raise UnresolvedReference(f"{holder!r} is of type {type(found).__name__}, which is not callable")
     return found  # type: ignore[no-any-return]
+
+
+def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that a function names among its parameters; none of a builtin that has no signature."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: value for name, value in offered.items() if name in parameters and parameters[name].kind in keyword}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.verdict import Status, Verdict
+from pytest_diffopt.observation.observation import PREPARING
 
 if TYPE_CHECKING:
     from pytest_diffopt.accelerators.gpus import Card
@@ -76,6 +77,11 @@ class Evidence(Given):
     def own_calls(self) -> set[int]:
         """The calls that the recipe asks for; the sensitivity run's inputs are ours."""
         return set(range(self.recipe.call.count))
+
+    @property
+    def compiling_calls(self) -> set[int]:
+        """The recipe's own calls, and the preparation before them, in which a factory may compile as well."""
+        return {PREPARING, *self.own_calls}
 
     def component(self, name: str) -> ComponentRecord | None:
         """What was written down of a component."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.checks.evidence import Evidence, counted, placed, region_name, shortened
-from pytest_diffopt.observation.observation import PREPARING
 
 if TYPE_CHECKING:
     from pytest_diffopt.checks.verdict import Verdict
@@ -63,7 +62,7 @@ def judge(given: Evidence) -> Verdict:
 def _breaks(given: Evidence) -> tuple[list[GraphBreak], list[GraphBreak]]:
     """(all of the preparation and the recipe's own calls, those of them that are excused)."""
     found = given.observation.compiles.graph_breaks
-    breaks = [b for b in found if (b.component or b.region) and (b.call == PREPARING or b.call in given.own_calls)]
+    breaks = [b for b in found if (b.component or b.region) and b.call in given.compiling_calls]
     whole = {entry.component for entry in given.recipe.compilation if entry.fullgraph}
     # where fullgraph is promised no file is excused: Dynamo raises at a hook's break too
     return breaks, [b for b in breaks if b.component not in whole and is_allowed(b, given.limits.allowed_break_files)]

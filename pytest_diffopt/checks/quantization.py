@@ -84,25 +84,22 @@ def judge(given: Evidence) -> Verdict:
     return given.passed(
         NAME,
         f"{counted(len(quantized_layers), 'layer')} of {', '.join(meant)} in {_formats(quantized_layers)}, "
-        f"{figures['bits_per_weight']} bits a weight" + "".join(_exclusions_lost(given, quantized_layers)),
+        f"{figures['bits_per_weight']} bits a weight{_exclusions_lost(given, quantized_layers)}",
         evidence=shortened([f"left plain, as the recipe or the library says: {_where(layer)}" for layer in plain]),
         **figures,
     )
 
 
-def _exclusions_lost(given: Evidence, quantized: list[Layer]) -> list[str]:
-    """What a list of the recipe's own took out of the library's."""
+def _exclusions_lost(given: Evidence, quantized: list[Layer]) -> str:
+    """What a list of the recipe's own took out of the library's; empty where nothing was lost."""
     lost = [
         f"{layer.component}.{layer.path}"
         for layer in quantized
         if (record := given.component(layer.component)) is not None and layer.path in record.own_exclusions
     ]
     names = ", ".join(lost)
-    return (
-        [f"; the skip list replaces transformers' own, so {names} {'is' if len(lost) == 1 else 'are'} too"]
-        if lost
-        else []
-    )
+    are = "is" if len(lost) == 1 else "are"
+    return f"; the skip list replaces transformers' own, so {names} {are} too" if lost else ""
 
 
 def _where(layer: Layer) -> str:

@@ -87,14 +87,10 @@ def judge(given: Evidence) -> Verdict:
 def _found(given: Evidence) -> tuple[list[FrameAttempt], list[FrameAttempt], list[FrameAttempt]]:
     """(recompiles that count, frames that met the limit, the recompiles after warm-up)."""
     compiles = given.observation.compiles
-    own = [f for f in compiles.frames if _is_own(given, f) and f.recompile] + _compiled_anew(given)
+    own = [f for f in compiles.frames if f.call in given.compiling_calls and f.recompile] + _compiled_anew(given)
     recompiles = [f for f in own if f.outcome != "limit" and _counts(given, f)]
-    exhausted = [f for f in compiles.limits if _is_own(given, f)]
+    exhausted = [f for f in compiles.limits if f.call in given.compiling_calls]
     return recompiles, exhausted, [f for f in recompiles if f.call >= given.limits.warmup_calls]
-
-
-def _is_own(given: Evidence, frame: FrameAttempt) -> bool:
-    return frame.call == PREPARING or frame.call in given.own_calls
 
 
 def places(given: Evidence) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,17 +73,13 @@ def _module_in(folder: Path, name: str) -> Path | None:
 
 
 def _references(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    from pytest_diffopt.preparation import media
     from pytest_diffopt.recipe import is_reference
 
     named = [("pipeline", recipe.pipeline), ("reference", recipe.reference), ("call.inputs", recipe.call.inputs)]
-    named += [
-        (f"call.{key}.{name}", one)
-        for key, value in (("kwargs", recipe.call.kwargs), ("inputs", recipe.call.inputs))
-        for table in (value if isinstance(value, tuple) else (value,))
-        for name, item in (table.items() if isinstance(table, Mapping) else ())
-        for one in (item if isinstance(item, list | tuple) else [item])
-        if isinstance(one, str) and is_reference(one)
-    ]
+    inputs = recipe.call.inputs if isinstance(recipe.call.inputs, tuple) else ()
+    for key, table in (("kwargs", recipe.call.kwargs), *(("inputs", one) for one in inputs)):
+        named += [(f"call.{key}.{name}", one) for name, one in media.strings_in(table) if is_reference(one)]
     named += [("compilation.backend", one.backend) for one in recipe.compilation]
     for key, value in named:
         if isinstance(value, str) and ":" in value and "/" not in value:

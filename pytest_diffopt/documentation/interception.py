@@ -178,6 +178,8 @@ class Interception:
         @functools.wraps(original)
         def offload(*args: Any, **kwargs: Any) -> Any:
             self.offloads.append(name)
+            if excluded := kwargs.get("exclude_modules"):
+                self._note_names(args[0], "exclude_modules", [excluded] if isinstance(excluded, str) else excluded)
             if really:
                 return original(*args, **kwargs)
             said = signature.bind(*args, **kwargs).arguments
@@ -193,7 +195,6 @@ class Interception:
         from diffusers import DiffusionPipeline
 
         from_pretrained = DiffusionPipeline.from_pretrained.__func__
-        offload = getattr(DiffusionPipeline, "enable_group_offload", None)
 
         @functools.wraps(from_pretrained)
         def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -207,15 +208,6 @@ class Interception:
             return pipeline
 
         DiffusionPipeline.from_pretrained = classmethod(loaded)
-        if offload is not None:
-
-            @functools.wraps(offload)
-            def offloaded(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
-                excluded = kwargs.get("exclude_modules") or ()
-                self._note_names(pipeline, "exclude_modules", [excluded] if isinstance(excluded, str) else excluded)
-                return offload(pipeline, *args, **kwargs)
-
-            DiffusionPipeline.enable_group_offload = offloaded
 
     def _note_names(self, pipeline: Any, what: str, named: Iterable[Any]) -> None:
         there = list(getattr(pipeline, "components", {}))

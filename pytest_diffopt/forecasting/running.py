@@ -41,7 +41,7 @@ from pytest_diffopt.observation.failures import failure_of
 from pytest_diffopt.observation.memory import somebody_froze
 from pytest_diffopt.observation.outputs import OutputRecorder
 from pytest_diffopt.observation.probes import recording
-from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
+from pytest_diffopt.observation.residency import ResidencyLedger, mapped_bytes, weights_of
 from pytest_diffopt.preparation import kept_tables
 from pytest_diffopt.preparation.borrowed_state import borrowed_state
 from pytest_diffopt.preparation.pipeline import Prepared, prepare
@@ -409,17 +409,10 @@ class _Run:
 
     def _note_host(self, prepared: Prepared) -> None:
         """The highest on the host so far: what torch's allocators held, and weights that lie in mapped files now."""
-        tensors = [
-            tensor
-            for module in prepared.components.values()
-            for _, tensor in weights_of(module)
-            if tensor.device.type == "cpu"
-        ]
-        blocks = self.accelerator.blocks(tensors)
-        mapped = {tensor.data_ptr(): tensor.nbytes for tensor, block in zip(tensors, blocks, strict=True) if block < 0}
+        mapped = mapped_bytes(prepared.components, self.accelerator)
         stats = simulated.host_memory_stats()
         simulated.reset_peak_host_memory_stats()
-        self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + sum(mapped.values()))
+        self.host_bytes = max(self.host_bytes, stats["peak_allocated"] - self._host_before + mapped)
         self.pinned_bytes = max(self.pinned_bytes, stats["peak_pinned"] - self._pinned_before)
 
     def _count_weights(self, prepared: Prepared) -> None:

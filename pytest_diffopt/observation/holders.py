@@ -6,9 +6,10 @@ Found among the objects that Python's garbage collector knows, and so only looke
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.byte_sizes import bytes_on
 from pytest_diffopt.observation.observation import Holder
 from pytest_diffopt.preparation import caching
 
@@ -33,7 +34,7 @@ def holders(components: Mapping[str, torch.nn.Module], kind: str) -> tuple[Holde
             modules.append(found)
     held = [*_graphs(tensors, kind), *_other_modules(modules, kind)]
     for name, module in components.items():
-        if size := _bytes(caching.held_tensors(module), kind):
+        if size := bytes_on(kind, caching.held_tensors(module)):
             held.append(Holder("cache", name, size))
     return tuple(sorted(held, key=lambda one: -one.bytes))
 
@@ -42,7 +43,7 @@ def _graphs(tensors: list[Any], kind: str) -> list[Holder]:
     """Tensors that hold the graph by which they were made; what the graph saved is no object of Python."""
     made = [one for one in tensors if one.device.type == kind and one.grad_fn is not None]
     names = dict.fromkeys(type(one.grad_fn).__name__ for one in made)
-    return [Holder("graph", ", ".join(list(names)[:3]), _bytes(made, kind))] if made else []
+    return [Holder("graph", ", ".join(list(names)[:3]), bytes_on(kind, made))] if made else []
 
 
 def _other_modules(modules: list[torch.nn.Module], kind: str) -> list[Holder]:
@@ -50,16 +51,6 @@ def _other_modules(modules: list[torch.nn.Module], kind: str) -> list[Holder]:
     inside = {id(inner) for module in modules for inner in module.modules() if inner is not module}
     found = []
     for module in modules:
-        if id(module) not in inside and (size := _bytes([*module.parameters(), *module.buffers()], kind)):
+        if id(module) not in inside and (size := bytes_on(kind, [*module.parameters(), *module.buffers()])):
             found.append(Holder("module", type(module).__name__, size))
     return found
-
-
-def _bytes(tensors: Iterable[torch.Tensor], kind: str) -> int:
-    """Of their memory on devices of a kind, shared memory once."""
-    storages: dict[int, int] = {}
-    for tensor in tensors:
-        if tensor.device.type == kind:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

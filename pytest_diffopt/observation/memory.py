@@ -16,7 +16,7 @@ from pytest_diffopt.errors import UnverifiableError
 from pytest_diffopt.observation.holders import holders
 from pytest_diffopt.observation.layers import weight_tensors
 from pytest_diffopt.observation.observation import CallMemory, MemoryRecord
-from pytest_diffopt.observation.residency import ResidencyLedger, weights_of
+from pytest_diffopt.observation.residency import ResidencyLedger, mapped_bytes
 from pytest_diffopt.preparation import kept_tables
 
 if TYPE_CHECKING:
@@ -238,10 +238,7 @@ class MemoryWatch:
         """(held of the host, the most since the peak began) without what the observation holds."""
         if (counted := self.accelerator.host_bytes()) is None:
             return None, None
-        tensors = [one for module in components.values() for _, one in weights_of(module) if one.device.type == "cpu"]
-        blocks = self.accelerator.blocks(tensors)
-        mapped = {one.data_ptr(): one.nbytes for one, block in zip(tensors, blocks, strict=True) if block < 0}
-        others = self._host_before + held - sum(mapped.values())
+        others = self._host_before + held - mapped_bytes(components, self.accelerator)
         return counted[0] - others, counted[1] - others
 
     def _settled(self) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_diffopt.byte_sizes import bytes_on
 from pytest_diffopt.observation.layers import dtype_name
 from pytest_diffopt.observation.observation import Output, encode_values
 
@@ -122,15 +123,8 @@ class OutputRecorder:
         Args:
             also: what the observation holds beside them, such as the arguments of a call.
         """
-        import torch
-
         held = [kept.original for kept in self._kept if kept.original is not kept.copy]
-        storages = {}
-        for tensor in (*held, *(tensor for _, tensor in leaves(also))):
-            if tensor.device.type == kind and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return bytes_on(kind, [*held, *(tensor for _, tensor in leaves(also))])
 
     def copied_bytes(self) -> int:
         """Bytes of the host that its copies take."""

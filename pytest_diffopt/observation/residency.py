@@ -197,6 +197,14 @@ def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, part
 
 
+def mapped_bytes(components: Mapping[str, torch.nn.Module], accelerator: Accelerator) -> int:
+    """Bytes of the components' weights that lie in mapped files of the host, which no allocator holds."""
+    tensors = [one for module in components.values() for _, one in weights_of(module) if one.device.type == "cpu"]
+    blocks = accelerator.blocks(tensors)
+    mapped = {one.data_ptr(): one.nbytes for one, block in zip(tensors, blocks, strict=True) if block < 0}
+    return sum(mapped.values())
+
+
 def _parts(tensor: Any) -> Iterator[torch.Tensor]:
     """The tensors with memory that a tensor is made of: itself, or those inside a wrapper."""
     import torch

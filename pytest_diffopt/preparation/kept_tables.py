@@ -12,7 +12,12 @@ import importlib
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pytest_diffopt.byte_sizes import bytes_on
+
+if TYPE_CHECKING:
+    import torch
 
 _DICTS = (("bitsandbytes.functional", "name2qmap"), ("bitsandbytes.backends.utils", "_code_4bit_cache"))
 _CACHED = (("bitsandbytes.backends.default.ops", "_get_4bit_quantize_bounds"),)
@@ -67,41 +72,24 @@ def forget(kind: str) -> None:
     """Clear every ``functools.lru_cache`` that holds a tensor on a device of that kind, as models keep their positions."""
     look()
     for found in list(_seen):
-        if any(_on(kind, held) for held in gc.get_referents(found)):
+        if any(tensor.device.type == kind for tensor in _tensors(gc.get_referents(found))):
             found.cache_clear()
 
 
 def held_bytes(kind: str) -> int:
     """Bytes on devices of that kind that functions of diffusers and transformers keep in a ``functools.lru_cache``: tables of
     positions, which are as large for a tiny model as for the whole one. Of the caches that :func:`look` has found."""
+    caches = [one for one in list(_seen) if str(getattr(one, "__module__", "")).startswith(_LIBRARIES)]
+    return bytes_on(kind, [tensor for one in caches for tensor in _tensors(gc.get_referents(one))])
+
+
+def _tensors(held: Any, depth: int = 5) -> Iterator[torch.Tensor]:
     import torch
 
-    sizes: dict[int, int] = {}
-    for found in list(_seen):
-        if not str(getattr(found, "__module__", "")).startswith(_LIBRARIES):
-            continue
-        for tensor in _tensors(gc.get_referents(found)):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == kind:
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
-def _tensors(held: Any, depth: int = 5) -> Iterator[Any]:
     if type(held) is dict:
         held = list(held.values())
-    if depth and type(held) in (list, tuple):
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif depth and type(held) in (list, tuple):
         for one in held:
             yield from _tensors(one, depth - 1)
-    else:
-        yield held
-
-
-def _on(kind: str, held: Any, depth: int = 4) -> bool:
-    import torch
-
-    if isinstance(held, torch.Tensor):
-        return held.device.type == kind
-    if type(held) is dict:
-        held = list(held.values())
-    return depth > 0 and type(held) in (list, tuple) and any(_on(kind, one, depth - 1) for one in held)

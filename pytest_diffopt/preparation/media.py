@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_diffopt.errors import PreparationError
 from pytest_diffopt.part import did_you_mean
 from pytest_diffopt.recipe import is_reference
-from pytest_diffopt.references import UnresolvedReference, resolve
+from pytest_diffopt.references import UnresolvedReference, accepted, resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +39,14 @@ def takes_media(name: str) -> bool:
 def is_text(name: str) -> bool:
     """Whether it takes text, by its name: nothing in it is ever made into something else."""
     return "prompt" in name and "embed" not in name and "mask" not in name
+
+
+def strings_in(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(parameter, string) of every string in a call's table that may stand for something else, in its lists as well."""
+    for name, value in table.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str) and not is_text(name):
+                yield name, one
 
 
 def picture(height: int = SIDE, width: int = SIDE) -> Image:
@@ -72,9 +80,9 @@ def control(height: int = SIDE, width: int = SIDE) -> Image:
     return image
 
 
-def video(height: int = SIDE, width: int = SIDE, frames: int = FRAMES) -> list[Image]:
+def video(height: int = SIDE, width: int = SIDE, num_frames: int = FRAMES) -> list[Image]:
     """Pictures that differ."""
-    return [picture(height, width).rotate(15 * index) for index in range(frames)]
+    return [picture(height, width).rotate(15 * index) for index in range(num_frames)]
 
 
 _MADE: dict[str, Callable[..., Any]] = {"picture": picture, "mask": mask, "control": control, "video": video}
@@ -105,8 +113,7 @@ def made(at: str, name: str, value: Any, size: Sequence[int], call: int) -> Any:
     if not takes_media(name):
         return value
     if value in _MADE:
-        given = {"frames" if key == "num_frames" else key: side for key, side in sides.items()}
-        return _MADE[value](**{key: side for key, side in given.items() if key != "frames" or value == "video"})
+        return _MADE[value](**accepted(_MADE[value], sides))
     if allowed := refused(name, value):
         raise PreparationError(f"{at}: found {value!r}; {allowed}")
     from diffusers.utils import load_image, load_video
@@ -130,11 +137,7 @@ def _by_reference(at: str, value: str, sides: dict[str, int], call: int) -> Any:
         raise PreparationError(f"{at}: found {value!r}; it must be importable ({error})") from error
     if not inspect.isroutine(found) and not inspect.isclass(found):
         return copy.deepcopy(found)  # a call may change what it is given
-    try:
-        names = inspect.signature(found).parameters
-    except ValueError:  # some builtins have none
-        return found()
-    return found(**{name: one for name, one in {**sides, "call": call}.items() if name in names})
+    return found(**accepted(found, {**sides, "call": call}))
 
 
 def word_for(name: str, value: Any) -> str:

@@ -24,7 +24,7 @@ from pytest_diffopt.preparation import (
 )
 from pytest_diffopt.preparation.loading_order import in_order
 from pytest_diffopt.quantization_backends import BACKENDS
-from pytest_diffopt.references import UnresolvedReference, resolve_callable
+from pytest_diffopt.references import UnresolvedReference, accepted, resolve_callable
 
 if TYPE_CHECKING:
     import torch
@@ -316,7 +316,8 @@ def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
         "quantization_config": quantization.pipeline_config(recipe.quantizations),
     }
     with quantization.quantizers_accept(accelerator):
-        pipeline = factory(**_accepted(factory, offered))
+        # a module's own constructor arguments are not ours to fill
+        pipeline = factory(**({} if inspect.isclass(factory) else accepted(factory, offered)))
     if not callable(pipeline):
         raise PreparationError(
             f"pipeline: the factory returned {type(pipeline).__name__}; "
@@ -333,21 +334,6 @@ def _from_factory(recipe: Recipe, accelerator: Accelerator) -> Prepared:
             module.to(dtype)
     _quiet(pipeline)
     return Prepared(recipe, accelerator, pipeline, components, is_model)
-
-
-def _accepted(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that a factory names among its parameters."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        return {}
-    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    is_class = inspect.isclass(factory)  # a module's own constructor arguments are not ours to fill
-    return {
-        name: value
-        for name, value in offered.items()
-        if name in parameters and parameters[name].kind in keyword and not is_class
-    }
 
 
 def _components(pipeline: Any) -> dict[str, torch.nn.Module]:

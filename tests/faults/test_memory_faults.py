@@ -410,25 +410,15 @@ def test_weights_that_come_out_of_a_cast_are_no_computation_on_the_host(device: 
     failed_with(of(True), "encoder ran with none of its weights on the accelerator: it computed on the host")
 
 
-class LoadsOnTheDevice(TwoPart):
+class LoadsOnTheDevice(OneAfterTheOther):
     """Is made on the device first, and offloaded then."""
 
     def enable_model_cpu_offload(self, device: str) -> None:
-        from accelerate import cpu_offload_with_hook
-
         for module in self.components.values():
             module.to(device)
-        hook = None
-        self.hooks = []
         for module in self.components.values():
-            _, hook = cpu_offload_with_hook(module.to("cpu"), torch.device(device), prev_module_hook=hook)
-            self.hooks.append(hook)
-
-    def __call__(self, prompt: str, num_inference_steps: int = 3) -> dict[str, torch.Tensor]:
-        result = super().__call__(prompt, num_inference_steps)
-        for hook in getattr(self, "hooks", ()):
-            hook.offload()
-        return result
+            module.to("cpu")
+        super().enable_model_cpu_offload(device)
 
 
 def test_a_memory_limit_is_for_loading_too() -> None:

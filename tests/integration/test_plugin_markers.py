@@ -440,6 +440,15 @@ def leaves_garbage(accelerator):
     assert pipe
 
 
+def freed_bytes(accelerator, memory_watch, held):
+    pipe = Pipe(accelerator.device)
+    cache = [pipe.encoder] if held else []
+    full = memory_watch.live_bytes
+    pipe.encoder = None
+    gc.collect()
+    return full - memory_watch.live_bytes, cache
+
+
 @requires_gpu(simulated=True)
 def test_one(accelerator):
     leaves_garbage(accelerator)
@@ -447,12 +456,8 @@ def test_one(accelerator):
 
 @requires_gpu(simulated=True)
 def test_held_memory_fails(accelerator, memory_watch):
-    pipe = Pipe(accelerator.device)
-    cache = [pipe.encoder]
-    full = memory_watch.live_bytes
-    pipe.encoder = None
-    gc.collect()
-    assert full - memory_watch.live_bytes >= BYTES, cache
+    freed, cache = freed_bytes(accelerator, memory_watch, held=True)
+    assert freed >= BYTES, cache
 
 
 @requires_gpu(simulated=True)
@@ -462,11 +467,8 @@ def test_another(accelerator):
 
 @requires_gpu(simulated=True)
 def test_freed_memory_passes(accelerator, memory_watch):
-    pipe = Pipe(accelerator.device)
-    full = memory_watch.live_bytes
-    pipe.encoder = None
-    gc.collect()
-    assert full - memory_watch.live_bytes >= BYTES
+    freed, _ = freed_bytes(accelerator, memory_watch, held=False)
+    assert freed >= BYTES
 
 
 @requires_gpu(simulated=True)

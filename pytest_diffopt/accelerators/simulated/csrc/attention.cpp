@@ -117,7 +117,7 @@ int64_t attention_choice(
 
 // ------------------------------------------------------------------------------------------------ one call of a kernel
 
-Tensor as_rows_of_heads(const Tensor& result) {  // in memory (batch, length, heads, width), as CUDA's kernels return it
+Tensor as_rows_of_heads(const Tensor& result) {  // in memory (batch, length, heads, width), as the memory-efficient kernel returns it
   return result.transpose(1, 2).contiguous().transpose(1, 2);
 }
 
@@ -151,10 +151,10 @@ struct Call {
     if (fused()) {
       auto [output, sums] =
           at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, mask, scale);
-      return {as_rows_of_heads(half.rounded(output)), sums.to(at::kFloat).contiguous()};
+      return {half.rounded(output), sums.to(at::kFloat).contiguous()};
     }
     const auto [weights, sums] = softmax();
-    return {as_rows_of_heads(half.rounded(at::matmul(weights, value))), sums.contiguous()};
+    return {half.rounded(at::matmul(weights, value)), sums.contiguous()};
   }
 
   // By query, key, value and mask, wide.
@@ -241,7 +241,7 @@ using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt
 
 // In the strides of a new tensor like the query.
 Tensor as_the_query(const Tensor& output, const Tensor& query) {
-  if (output.sizes() != query.sizes()) return output;
+  if (output.sizes() != query.sizes()) return as_rows_of_heads(output);
   const Tensor like = at::empty_like(query, query.options().device(at::kMeta));
   if (like.strides() == output.strides()) return output;
   return at::empty_strided(output.sizes(), like.strides(), output.options()).copy_(output);
@@ -254,7 +254,7 @@ std::pair<Tensor, Tensor> attend(
       dropout == 0.0, "The simulated GPU has no fused attention with dropout; scaled_dot_product_attention takes the steps.");
   check_together(query, {key, value, mask});
   auto [output, sums] = Call(aliases, query, key, value, mask, causal, scale).forward();
-  const Tensor result = aliases.device(like_query ? as_the_query(output, query) : output);
+  const Tensor result = aliases.device(like_query ? as_the_query(output, query) : as_rows_of_heads(output));
   kernel.charge(result, query, key, value, dropout, causal, mask, scale);
   return {result, sums};
 }
